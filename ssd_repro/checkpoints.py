@@ -1,0 +1,109 @@
+"""The bundled voice on disk: fp16 safetensors and one voice.json that vouches for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .codec import Codec, CodecConfig
+from .errors import InputError
+from .speech_lm import SpeechLM, make_draft, small_qwen2
+
+BUNDLED = Path(__file__).parent / "weights"
+FORMAT = 1
+PARTS = ("codec", "target", "draft")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, facts: dict) -> None:
+    """Write codec, target and the draft's own weights as fp16, and voice.json with ``facts``.
+
+    Of the draft only what it does not share with the target is stored.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    tensors = {
+        "codec": codec.state_dict(),
+        "target": target.state_dict(),
+        "draft": {name: value for name, value in draft.state_dict().items() if name in own},
+    }
+    for part, state in tensors.items():
+        save_file({k: v.half().contiguous() for k, v in state.items()}, folder / f"{part}.safetensors")
+    config = target.model.config
+    about = {
+        "format": FORMAT,
+        "codec": codec.settings(),
+        "target": {
+            "hidden": config.hidden_size,
+            "ffn": config.intermediate_size,
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "vocab": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+        },
+        "speech_vocab": target.speech_embedding.num_embeddings,
+        **facts,
+        "sha256": {f"{part}.safetensors": sha256(folder / f"{part}.safetensors") for part in PARTS},
+    }
+    (folder / "voice.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
+    """(codec, target, draft, facts of voice.json), fp32 on the CPU.
+
+    InputError if a file is missing, of another format, or not the one that voice.json vouches for.
+    """
+    about = _read_about(folder)
+    states = {part: _read_weights(folder / f"{part}.safetensors", about) for part in PARTS}
+    codec = Codec(CodecConfig(**about["codec"]))
+    target = SpeechLM(small_qwen2(**about["target"]), about["speech_vocab"])
+    _fill(codec, states["codec"], folder / "codec.safetensors")
+    _fill(target, states["target"], folder / "target.safetensors")
+    draft = make_draft(target)
+    own = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    shared = {k: v for k, v in draft.state_dict().items() if k not in own}
+    _fill(draft, shared | states["draft"], folder / "draft.safetensors")
+    return codec.eval(), target.eval(), draft.eval(), about
+
+
+def _read_about(folder: Path) -> dict:
+    path = folder / "voice.json"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: a voice folder holds voice.json and {', '.join(PARTS)}.safetensors")
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        found = about["format"]
+        about["sha256"], about["codec"], about["target"], about["speech_vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as a voice description ({error}): restore it from the package") from None
+    if found != FORMAT:
+        raise InputError(f"{path} has format {found!r}: this version reads format {FORMAT}")
+    return about
+
+
+def _read_weights(path: Path, about: dict) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: restore it from the package")
+    vouched, found = about["sha256"].get(path.name), sha256(path)
+    if found != vouched:
+        raise InputError(
+            f"{path} is damaged or from another voice: its SHA-256 begins with {found[:12]}, voice.json says "
+            f"{str(vouched)[:12]}; restore it from the package"
+        )
+    return load_file(path)
+
+
+def _fill(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit its description in voice.json: {str(error).splitlines()[-1].strip()}") from None

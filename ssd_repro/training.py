@@ -1,0 +1,544 @@
+"""The steps that make the bundled voice: codec, speech tokens, target, draft.
+
+Each step resumes from its own checkpoint; what a step samples depends on
+(seed, step) alone, so a resumed run equals an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .codec import (
+    APERIODICITY, ENVELOPE, FRAMES_PER_TOKEN, LOG_F0, SAMPLE_RATE, TOKEN_RATE, VOICED, Codec, CodecConfig, analyse, stack,
+)
+from .speech_lm import SpeechLM, make_draft, small_qwen2
+from .text import SYMBOLS, TEXT_VOCABULARY, VOICES, phone_ids, plain_phones, prompt
+
+STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; ``batch`` in utterances."""
+
+    steps: int
+    batch: int = 16
+    learning_rate: float = 1.2e-3
+    warmup: int = 200
+    weight_decay: float = 0.05
+    seed: int = 0
+    save_every: int = 200
+
+
+def fit(
+    model: nn.Module,
+    groups: list[dict],
+    loss: Callable[[list, random.Random], dict[str, Tensor]],
+    items: list,
+    size: Callable[[object], int],
+    schedule: Schedule,
+    checkpoint: Path,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    log: Callable[[str], None] = print,
+) -> list[dict[str, float]]:
+    """Train ``model`` with AdamW and a cosine; returns the log rows (also in the checkpoint).
+
+    ``loss`` gives named terms, of which "total" is minimised. Batches hold
+    items of like ``size``. ``checkpoint`` is written every ``save_every``
+    steps, beside and renamed, and read if it is there.
+    """
+    optimizer = torch.optim.AdamW(groups, schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
+    scales = [group.get("scale", 1.0) for group in optimizer.param_groups]
+    first, rows = 0, []
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, rows = saved["step"], json.loads(saved["rows"])
+    model.train()
+    sums: dict[str, float] = {}
+    began = time.perf_counter()
+    for step in range(first, schedule.steps):
+        rate = schedule.learning_rate * min(1, (step + 1) / schedule.warmup)
+        rate *= 0.5 + 0.5 * math.cos(math.pi * step / schedule.steps)
+        for group, scale in zip(optimizer.param_groups, scales):
+            group["lr"] = rate * scale
+        torch.manual_seed(schedule.seed * 1_000_003 + step)  # dropout has no generator argument
+        terms = loss(pick(items, size, schedule, step), random.Random(f"{schedule.seed}/{step}"))
+        optimizer.zero_grad()
+        terms["total"].backward()
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        last = step + 1 == schedule.steps
+        if (step + 1) % 50 == 0 or last:
+            count = (step % 50) + 1 if last or step - first >= 49 else step - first + 1
+            row = {"step": step + 1, **{k: v / count for k, v in sums.items()}}
+            sums = {}
+            if evaluate and ((step + 1) % schedule.save_every == 0 or last):
+                model.eval()
+                with torch.no_grad():
+                    row |= {f"dev_{k}": v for k, v in evaluate().items()}
+                model.train()
+            rows.append(row)
+            pace = (time.perf_counter() - began) / (step + 1 - first)
+            log(" ".join(f"{k}={v:.4g}" for k, v in row.items()) + f" {pace:.3f}s/step")
+        if (step + 1) % schedule.save_every == 0 or last:
+            save = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write_checkpoint(checkpoint, save | {"step": step + 1, "rows": json.dumps(rows)})
+    model.eval()
+    return rows
+
+
+def pick(items: list, size: Callable[[object], int], schedule: Schedule, step: int) -> list:
+    """The batch of ``step``: an epoch is shuffled, sorted by jittered size and cut into batches."""
+    per_epoch = max(1, len(items) // schedule.batch)
+    epoch, place = divmod(step, per_epoch)
+    rng = random.Random(f"{schedule.seed}/{epoch}")
+    order = sorted(items, key=lambda item: size(item) * rng.uniform(0.85, 1.15))
+    starts = [k * schedule.batch for k in range(per_epoch)]
+    rng.shuffle(starts)
+    return order[starts[place] : starts[place] + schedule.batch]
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    torch.save(content, part)
+    part.replace(path)
+
+
+# ----------------------------------------------------------------------- codec
+
+
+@dataclass(frozen=True)
+class Features:
+    """One utterance of N tokens: ``world`` (8N, 45), ``hint`` (2N, 384) Whisper states, ``phones`` ids."""
+
+    id: str
+    voice: str
+    world: Tensor
+    hint: Tensor
+    phones: list[int]
+
+
+class Hint:
+    """Whisper encoder states of 24 kHz audio, 50 a second; ``model``: a CTranslate2 folder or hub name."""
+
+    def __init__(self, model: str, threads: int = 1):
+        from faster_whisper import WhisperModel
+
+        self.model = WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=threads)
+
+    def __call__(self, audio: np.ndarray, tokens: int) -> np.ndarray:
+        import librosa
+
+        mel = self.model.feature_extractor(librosa.resample(audio, orig_sr=SAMPLE_RATE, target_sr=16_000))
+        mel = np.pad(mel, ((0, 0), (0, 8)), mode="edge")[:, : 4 * tokens]
+        return np.array(self.model.encode(mel))[0]
+
+
+def featurise(audio: Path, row: dict[str, str], hint: Hint, folder: Path) -> Features:
+    """Features of one corpus row (see corpus.py), kept in ``folder`` as fp16 so that a second run reads them."""
+    import soundfile
+
+    kept = folder / f"{row['id']}.npz"
+    if not kept.exists():
+        samples, rate = soundfile.read(audio, dtype="float32")
+        assert rate == SAMPLE_RATE, rate
+        tokens = len(samples) // (SAMPLE_RATE // TOKEN_RATE)
+        world = analyse(samples)[: FRAMES_PER_TOKEN * tokens]
+        part = kept.with_name(f".{kept.name}")
+        np.savez(part, world=world.astype(np.float16), hint=hint(samples, tokens).astype(np.float16))
+        part.replace(kept)
+    with np.load(kept) as stored:
+        world, states = (torch.from_numpy(stored[k].astype(np.float32)) for k in ("world", "hint"))
+    language = "en-us" if row["voice"].startswith("a") else "en-gb"
+    return Features(row["id"], row["voice"], world, states.half(), phone_ids(row["text"], language))
+
+
+class PhoneHead(nn.Module):
+    """Digits (B, N, 8) -> phone logits at 50 Hz (B, 2N, phones + blank): CTC makes the codes carry phones."""
+
+    def __init__(self, digits: int, width: int = 256):
+        super().__init__()
+        self.i = nn.Linear(digits, width)
+        self.b = stack(width, 2)
+        self.up = nn.Linear(width, 2 * width)
+        self.b2 = stack(width, 1)
+        self.o = nn.Linear(width, len(SYMBOLS) + 1)
+
+    def forward(self, digits: Tensor) -> Tensor:
+        x = self.up(self.b(self.i(digits)))
+        return self.o(self.b2(x.reshape(x.shape[0], -1, x.shape[2] // 2))).float()
+
+
+class CodecTrainer(nn.Module):
+    """The codec in training. Weights of the loss terms: ``WEIGHTS``; ``phone_weight`` 0 is reconstruction alone."""
+
+    WEIGHTS = {"envelope": 1.0, "spectrum": 2.0, "aperiodicity": 0.3, "f0": 0.5, "voiced": 0.3, "delta": 0.3}
+
+    def __init__(self, train: list[Features], config: CodecConfig = CodecConfig(), phone_weight: float = 0.25, flip: float = 0.04):
+        super().__init__()
+        self.codec, self.phone_head = Codec(config), PhoneHead(config.digits)
+        self.phone_weight, self.flip = phone_weight, flip
+        world = torch.cat([f.world for f in train[:400]])
+        self.codec.mean.copy_(world.mean(0))
+        self.codec.std.copy_(world.std(0))
+        self.codec.mean[VOICED] = self.codec.std[VOICED] = 0.5
+        n = torch.arange(ENVELOPE)
+        cosines = torch.cos(math.pi * n[:, None] * (2 * n[None] + 1) / (2 * ENVELOPE)) * math.sqrt(2 / ENVELOPE)
+        cosines[0] /= math.sqrt(2)
+        self.register_buffer("to_spectrum", self.codec.std[:ENVELOPE, None] * cosines, persistent=False)
+        normal = self.codec.normalise(world[:20_000])[:, :ENVELOPE]
+        self.spectrum_scale = float((normal @ self.to_spectrum).std())
+
+    def collate(self, batch: list[Features], rng: random.Random):
+        """Pad; half the time shift the 40 ms grid by 20 ms -> world, hint, mask (B, N), voices, CTC labels."""
+        cut = [rng.randrange(2) if self.training else 0 for _ in batch]
+        counts = [len(f.world[4 * c : len(f.world) - 4 * c]) // FRAMES_PER_TOKEN for f, c in zip(batch, cut)]
+        tokens = max(counts)
+        world = self.codec.mean.expand(len(batch), FRAMES_PER_TOKEN * tokens, -1).clone()
+        hint = torch.zeros(len(batch), 2 * tokens, self.codec.config.hint)
+        mask = torch.zeros(len(batch), tokens)
+        for i, (f, c, n) in enumerate(zip(batch, cut, counts)):
+            world[i, : FRAMES_PER_TOKEN * n] = f.world[4 * c :][: FRAMES_PER_TOKEN * n]
+            hint[i, : 2 * n] = f.hint[c:][: 2 * n].float()
+            mask[i, :n] = 1
+        voices = torch.tensor([VOICES.index(f.voice) for f in batch])
+        return world, hint, mask, voices, [plain_phones(f.phones) for f in batch]
+
+    def loss(self, batch: list[Features], rng: random.Random) -> dict[str, Tensor]:
+        """L1 on normalised features and on the log spectrum, CTC on the codes; evaluating adds the phone error rate."""
+        world, hint, mask, voices, labels = self.collate(batch, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            if self.training:
+                hint = hint * F.dropout(torch.ones(len(hint), 1, hint.shape[2]), 0.15)
+            digits = self.codec.quantise(self.codec.digits(world, hint))
+            spoken = digits
+            if self.training:  # wrong digits: the decoder must bear a language model's mistakes
+                spoken = torch.where(torch.rand_like(digits) < self.flip, torch.randint(-1, 2, digits.shape).float(), digits)
+            made = self.codec.decode_digits(spoken, voices)
+            logits = self.phone_head(digits)
+        terms = self.distances(made, self.codec.normalise(world), mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None])
+        total = sum(self.WEIGHTS[name] * value for name, value in terms.items())
+        log_probs, frames = logits.log_softmax(-1), (mask.sum(1) * 2).long()
+        lengths = torch.tensor([len(x) for x in labels])
+        ctc = F.ctc_loss(log_probs.transpose(0, 1), torch.tensor(sum(labels, [])), frames, lengths,
+                         blank=len(SYMBOLS), zero_infinity=True, reduction="none")
+        terms["ctc"] = (ctc / lengths).mean()
+        terms["total"] = total + self.phone_weight * terms["ctc"]
+        if not self.training:
+            best = log_probs.argmax(-1)
+            heard = [[p for p, _ in groupby(b[:n].tolist()) if p != len(SYMBOLS)] for b, n in zip(best, frames)]
+            wrong = sum(edit_distance(h, x) for h, x in zip(heard, labels))
+            terms["phone_error_rate"] = torch.tensor(wrong / int(lengths.sum()))
+        return terms
+
+    def distances(self, made: Tensor, wanted: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Mean absolute distances of normalised features (B, 8N, 45) where ``mask`` (B, 8N, 1) is 1."""
+        error, count = (made - wanted) * mask, mask.sum()
+        envelope = error[..., :ENVELOPE]
+        voiced = (wanted[..., VOICED] > 0) * mask[..., 0]
+        return {
+            "envelope": envelope.abs().sum() / count / ENVELOPE,
+            "spectrum": (envelope @ self.to_spectrum).abs().sum() / count / ENVELOPE / self.spectrum_scale,
+            "aperiodicity": error[..., ENVELOPE:LOG_F0].abs().sum() / count / APERIODICITY,
+            "f0": (error[..., LOG_F0].abs() * voiced).sum() / voiced.sum(),
+            "voiced": error[..., VOICED].abs().sum() / count,
+            "delta": (envelope[:, 1:] - envelope[:, :-1]).abs().sum() / count / ENVELOPE,
+        }
+
+
+def edit_distance(a: list, b: list) -> int:
+    """Levenshtein distance of two sequences."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def train_codec(train: list[Features], dev: list[Features], schedule: Schedule, checkpoint: Path, log=print, **settings) -> tuple[CodecTrainer, list[dict]]:
+    """Train codec and phone head together -> (trainer, log rows)."""
+    torch.manual_seed(schedule.seed)
+    trainer = CodecTrainer(train, **settings)
+    rows = fit(
+        trainer, [{"params": list(trainer.parameters())}], trainer.loss, train, lambda f: len(f.world), schedule,
+        checkpoint, lambda: mean_terms(trainer.loss, dev, schedule.batch), log,
+    )
+    return trainer, rows
+
+
+# ---------------------------------------------------------------- speech tokens
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One tokenised utterance. ``codes``: one list a grid shift; ``aligned``: [this phone, next phone] at each token."""
+
+    id: str
+    voice: str
+    phones: list[int]
+    codes: list[list[int]]
+    aligned: list[list[list[int]]]
+
+
+def align(log_probs: Tensor, labels: list[int], blank: int) -> list[int]:
+    """CTC Viterbi: (T, C) log probabilities, labels (L,) -> index into labels for each of T frames.
+
+    A blank belongs to the label before it (the first label at the start).
+    """
+    states = torch.full((2 * len(labels) + 1,), blank)
+    states[1::2] = torch.tensor(labels)
+    emit = log_probs[:, states]
+    skip = torch.zeros(len(states), dtype=torch.bool)
+    skip[3::2] = states[3::2] != states[1:-2:2]
+    score = torch.full((len(states),), -math.inf)
+    score[:2] = emit[0, :2]
+    back = []
+    low = torch.tensor([-math.inf])
+    for row in emit[1:]:
+        moves = torch.stack(
+            [score, torch.cat([low, score[:-1]]), torch.cat([low, low, score[:-2]]).masked_fill(~skip, -math.inf)]
+        )
+        best, step = moves.max(0)
+        back.append(step)
+        score = best + row
+    state = len(states) - 1 if score[-1] > score[-2] else len(states) - 2
+    path = [state]
+    for step in reversed(back):
+        state -= int(step[state])
+        path.append(state)
+    return [max(0, (s - 1) // 2) for s in reversed(path)]
+
+
+@torch.no_grad()
+def tokenise(trainer: CodecTrainer, f: Features, shifts: int = 4) -> Utterance | None:
+    """Speech tokens of one utterance on ``shifts`` grids 10 ms apart, each aligned with its phones.
+
+    None if it is too short for its phones to be aligned.
+    """
+    hint, labels = f.hint.float(), plain_phones(f.phones)
+    between = (hint + torch.cat([hint[1:], hint[-1:]])) / 2  # Whisper states come every 20 ms
+    codes, aligned = [], []
+    for shift in range(shifts):
+        states = (between if shift % 2 else hint)[shift // 2 :]
+        tokens = len(f.world[2 * shift :]) // FRAMES_PER_TOKEN
+        if 2 * tokens < len(labels) + 5:
+            return None
+        world = f.world[2 * shift :][: FRAMES_PER_TOKEN * tokens]
+        rounded = trainer.codec.digits(world[None], states[None, : 2 * tokens]).round()
+        path = align(trainer.phone_head(rounded)[0].log_softmax(-1), labels, len(SYMBOLS))[::2]
+        codes.append(trainer.codec.to_code(rounded)[0].tolist())
+        aligned.append([[labels[i], labels[i + 1] if i + 1 < len(labels) else -1] for i in path])
+    return Utterance(f.id, f.voice, f.phones, codes, aligned)
+
+
+# ------------------------------------------------------------------- target LM
+
+
+class Factored(nn.Module):
+    """A (6564, width) matrix as digit vectors plus a part of its own for each code.
+
+    FSQ codes that share digits share what they learn: with two hours of speech
+    most codes are too rare to be learned alone. Folded into one plain matrix
+    when training is over.
+    """
+
+    def __init__(self, codec: Codec, width: int, scale: float):
+        super().__init__()
+        size, digits = codec.config.codebook_size, codec.config.digits
+        values = codec.to_digits(torch.arange(size)).long() + 1
+        basis = F.one_hot(values, codec.config.levels).reshape(size, -1).float()
+        self.register_buffer("basis", torch.block_diag(basis, torch.eye(STOP_TOKENS)), persistent=False)
+        self.common = nn.Parameter(torch.randn(self.basis.shape[1], width) * scale / math.sqrt(digits))
+        self.own = nn.Parameter(torch.zeros(len(self.basis), width))
+
+    def weight(self) -> Tensor:
+        return self.basis @ self.common + self.own
+
+
+class TargetTrainer(nn.Module):
+    """A SpeechLM in training: factored embedding and head, and two auxiliary phone heads.
+
+    The phone heads predict, from a third and two thirds of the depth, the phone
+    that the next speech token belongs to and the one after it: attention finds
+    the alignment in hundreds of steps instead of many thousands.
+    """
+
+    def __init__(self, codec: Codec, hidden: int = 256, ffn: int = 1024, layers: int = 12, heads: int = 4, kv_heads: int = 2, dropout: float = 0.1, flip: float = 0.02):
+        super().__init__()
+        self.codec, self.flip = [codec], flip  # in a list: not a part of this module
+        self.model = small_qwen2(hidden, ffn, layers, heads, kv_heads, TEXT_VOCABULARY, max_position_embeddings=4096)
+        self.embedding = Factored(codec, hidden, 0.3)
+        self.head = Factored(codec, hidden, 0.05)
+        self.bias = nn.Parameter(torch.zeros(len(self.head.basis)))
+        self.watched = (layers // 3, 2 * layers // 3)
+        self.phone_heads = nn.ModuleList(nn.Linear(hidden, 2 * len(SYMBOLS)) for _ in self.watched)
+        self._seen: dict[int, Tensor] = {}
+        for place in self.watched:
+            self.model.layers[place - 1].register_forward_hook(self._watch(place))
+        nn.init.normal_(self.model.embed_tokens.weight, std=0.3)
+        for layer in self.model.layers:
+            layer.mlp.register_forward_hook(_channel_dropout(dropout))
+
+    def _watch(self, place: int):
+        def hook(module, args, output):
+            self._seen[place] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def folded(self) -> SpeechLM:
+        """The plain SpeechLM that is shipped: factors multiplied out."""
+        lm = SpeechLM(type(self.model)(self.model.config), len(self.head.basis))
+        lm.model.load_state_dict(self.model.state_dict())  # a copy: without the training hooks
+        with torch.no_grad():
+            lm.speech_embedding.weight.copy_(self.embedding.weight())
+            lm.head.weight.copy_(self.head.weight())
+            lm.head.bias.copy_(self.bias)
+        return lm.eval()
+
+    def loss(self, batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
+        """Cross-entropy of the speech tokens and the stop token, with the phone heads' beside it."""
+        rows = layout(batch, rng, self.codec[0], self.flip if self.training else 0.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            embedded = embed(rows, self.model.embed_tokens.weight, self.embedding.weight())
+            hidden = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            logits = F.linear(hidden[rows.spoken], self.head.weight(), self.bias).float()
+            phones = [head(self._seen[p][rows.spoken]).float() for p, head in zip(self.watched, self.phone_heads)]
+        speech = F.cross_entropy(logits, rows.labels)
+        phone = sum(
+            F.cross_entropy(p.reshape(-1, len(SYMBOLS)), rows.phones.reshape(-1), ignore_index=-1) for p in phones
+        ) / len(phones)
+        return {"total": speech + 0.5 * phone, "speech": speech, "phone": phone}
+
+
+def _channel_dropout(rate: float):
+    def hook(module, args, output):
+        if module.training:  # one mask a channel: a mask per element costs a fifth of a CPU step
+            return output * F.dropout(output.new_ones(output.shape[0], 1, output.shape[2]), rate)
+
+    return hook
+
+
+@dataclass
+class Rows:
+    """A padded batch: ``text`` and ``speech`` ids (B, T) with -1 where the other one stands."""
+
+    text: Tensor
+    speech: Tensor
+    spoken: Tensor  # bool (B, T): positions that predict a speech token
+    labels: Tensor  # (number of such positions,)
+    phones: Tensor  # (number of such positions, 2): phone of the next token and the one after
+
+
+def layout(batch: list[Utterance], rng: random.Random, codec: Codec, flip: float) -> Rows:
+    """[start][voice][phones][task][speech tokens...] with its labels, padded on the right."""
+    stop = codec.config.codebook_size
+    chosen = [rng.randrange(len(u.codes)) for u in batch]
+    heads = [prompt(u.phones, u.voice) for u in batch]
+    length = max(len(h) + len(u.codes[k]) for h, u, k in zip(heads, batch, chosen))
+    text = torch.full((len(batch), length), -1)
+    speech, labels = text.clone(), text.clone()
+    phones = torch.full((len(batch), length, 2), -1)
+    for i, (head, u, k) in enumerate(zip(heads, batch, chosen)):
+        codes, t = torch.tensor(u.codes[k]), len(head)
+        text[i, :t] = torch.tensor(head)
+        speech[i, t : t + len(codes)] = codes
+        labels[i, t - 1 : t + len(codes)] = torch.cat([codes, torch.tensor([stop])])
+        phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor(u.aligned[k])
+    if flip:
+        digits = codec.to_digits(speech.clamp(min=0))
+        wrong = torch.rand(digits.shape) < flip
+        noisy = codec.to_code(torch.where(wrong, torch.randint(-1, 2, digits.shape).float(), digits))
+        speech = torch.where(speech >= 0, noisy, speech)
+    spoken = labels >= 0
+    return Rows(text, speech, spoken, labels[spoken], phones[spoken])
+
+
+def embed(rows: Rows, text: Tensor, speech: Tensor) -> Tensor:
+    """Embeddings (B, T, hidden) of a padded batch from the two tables."""
+    mixed = F.embedding(rows.text.clamp(min=0), text) * (rows.text >= 0)[..., None]
+    return mixed + F.embedding(rows.speech.clamp(min=0), speech) * (rows.speech >= 0)[..., None]
+
+
+def train_target(codec: Codec, train: list[Utterance], dev: list[Utterance], schedule: Schedule, checkpoint: Path, log=print, **sizes) -> tuple[SpeechLM, list[dict]]:
+    """Train the target from nothing -> (SpeechLM, log rows)."""
+    torch.manual_seed(schedule.seed)
+    trainer = TargetTrainer(codec, **sizes)
+    own = [trainer.embedding.own, trainer.head.own]
+    rest = [p for p in trainer.parameters() if all(p is not q for q in own)]
+    groups = [{"params": rest}, {"params": own, "scale": 0.3}]
+    rows = fit(
+        trainer, groups, trainer.loss, train, lambda u: len(u.codes[0]), schedule, checkpoint,
+        lambda: mean_terms(trainer.loss, dev, schedule.batch), log,
+    )
+    return trainer.folded(), rows
+
+
+def mean_terms(loss: Callable, items: list, batch: int) -> dict[str, float]:
+    """Mean of every loss term over ``items``, in batches."""
+    starts = range(0, len(items), batch)
+    found = [loss(items[s : s + batch], random.Random(s)) for s in starts]
+    return {k: sum(float(f[k]) for f in found) / len(found) for k in found[0]}
+
+
+# ----------------------------------------------------------------------- draft
+
+
+def train_draft(codec: Codec, target: SpeechLM, train: list[Utterance], dev: list[Utterance], schedule: Schedule, checkpoint: Path, log=print) -> tuple[SpeechLM, list[dict]]:
+    """The paper's draft (Eq. 7): bottom layers and head trained by cross-entropy, the rest frozen.
+
+    ``dev_overlap`` in the log is the mean of sum min(p, q) over raw softmaxes:
+    the acceptance rate of plain speculative sampling on real speech.
+    """
+    torch.manual_seed(schedule.seed)
+    draft = make_draft(target)
+
+    def logits_of(lm: SpeechLM, rows: Rows) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            embedded = embed(rows, lm.model.embed_tokens.weight, lm.speech_embedding.weight)
+            hidden = lm.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            return lm.head(hidden[rows.spoken]).float()
+
+    def loss(batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
+        rows = layout(batch, rng, codec, 0.0)
+        logits = logits_of(draft, rows)
+        terms = {"total": F.cross_entropy(logits, rows.labels)}
+        if not draft.training:
+            p, q = logits.softmax(-1), logits_of(target, rows).softmax(-1)
+            terms["overlap"] = torch.minimum(p, q).sum(-1).mean()
+        return terms
+
+    target.eval()
+    groups = [{"params": [p for p in draft.parameters() if p.requires_grad]}]
+    rows = fit(
+        draft, groups, loss, train, lambda u: len(u.codes[0]), schedule, checkpoint,
+        lambda: mean_terms(loss, dev, schedule.batch), log,
+    )
+    return draft, rows
+
+
+def read_utterances(path: Path) -> list[Utterance]:
+    """Tokenised corpus, one JSON object a line."""
+    return [Utterance(**json.loads(line)) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def write_utterances(path: Path, utterances: Iterable[Utterance]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(vars(u)) + "\n" for u in utterances), "utf-8")
+    part.replace(path)

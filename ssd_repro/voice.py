@@ -1,0 +1,247 @@
+"""Text -> prompt -> speech tokens -> waveform, three ways, with the bundled voice."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoints
+from .codec import SAMPLE_RATE, TOKEN_RATE, Codec
+from .decoding import DecodeConfig, DecodeResult, autoregressive, speculative
+from .errors import InputError
+from .sampling import Sampler, check_number
+from .speech_lm import SpeechLM
+from .text import check_text, phone_ids, prompt, sentences
+
+METHODS = ("autoregressive", "draft", "speculative")
+PAUSE_SECONDS = 0.2  # between the pieces of a long text
+
+
+@dataclass(frozen=True)
+class Take:
+    """One spoken text. Seconds are wall time; lm_* covers the language model alone."""
+
+    method: str
+    text: str
+    voice: str
+    token_ids: tuple[int, ...]
+    audio: np.ndarray = field(repr=False)  # float32 (samples,) at sample_rate
+    seconds: dict[str, float]  # text, prefill, draft, verify, rest, codec
+    sentences: tuple[DecodeResult, ...] = field(repr=False)
+    seed: int
+    device: str
+    tolerance: float
+    draft_length: int
+    sample_rate: int = SAMPLE_RATE
+
+    @property
+    def audio_seconds(self) -> float:
+        return len(self.audio) / self.sample_rate
+
+    @property
+    def lm_seconds(self) -> float:
+        return sum(result.lm_seconds for result in self.sentences)
+
+    @property
+    def lm_rtf(self) -> float:
+        """Language-model seconds / audio seconds, the paper's LM-RTF."""
+        return self.lm_seconds / self.audio_seconds
+
+    @property
+    def rtf(self) -> float:
+        """Seconds of the whole synthesis / audio seconds."""
+        return sum(self.seconds.values()) / self.audio_seconds
+
+    @property
+    def target_calls(self) -> int:
+        return 0 if self.method == "draft" else sum(r.target_calls for r in self.sentences)
+
+    @property
+    def draft_calls(self) -> int:
+        key = "target_calls" if self.method == "draft" else "draft_calls"
+        return sum(getattr(r, key) for r in self.sentences)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted drafted tokens / drafted tokens; None where nothing was drafted to be judged."""
+        drafted = sum(r.drafted for r in self.sentences)
+        return sum(r.accepted for r in self.sentences) / drafted if drafted else None
+
+    @property
+    def tokens_per_target_call(self) -> float | None:
+        emitted = sum(x.emitted for r in self.sentences for x in r.rounds)
+        return emitted / self.target_calls if self.target_calls else None
+
+    @property
+    def stopped(self) -> bool:
+        """Every sentence ended by end-of-speech, none by its length limit."""
+        return all(r.stopped for r in self.sentences)
+
+    def summary(self) -> dict:
+        """The facts of this take, ready for JSON."""
+        names = (
+            "method text voice token_ids audio_seconds lm_seconds lm_rtf rtf seconds target_calls draft_calls "
+            "acceptance_rate tokens_per_target_call tolerance draft_length stopped seed device sample_rate"
+        ).split()
+        return {"tokens": len(self.token_ids), **{name: getattr(self, name) for name in names}}
+
+    def wav(self) -> bytes:
+        """The audio as a 16-bit WAV file."""
+        import soundfile
+
+        with io.BytesIO() as buffer:
+            soundfile.write(buffer, self.audio, self.sample_rate, format="WAV", subtype="PCM_16")
+            return buffer.getvalue()
+
+    def save(self, path: str | Path) -> Path:
+        """Write a WAV file, beside and renamed, so that no half-written one is left."""
+        path = Path(path)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as out:
+                out.write(self.wav())
+            os.chmod(part, 0o666 & ~_umask())
+            os.replace(part, path)
+        except BaseException:
+            os.unlink(part)
+            raise
+        return path
+
+    def _repr_html_(self) -> str:
+        player = base64.b64encode(self.wav()).decode()
+        rate = "" if self.acceptance_rate is None else f", acceptance rate {self.acceptance_rate:.2f}"
+        return (
+            f'<figure><audio controls src="data:audio/wav;base64,{player}"></audio><figcaption>'
+            f"<b>{self.method}</b>, {html.escape(self.voice)}: {html.escape(self.text)}<br>"
+            f"{len(self.token_ids)} tokens, {self.audio_seconds:.2f} s of audio, LM-RTF {self.lm_rtf:.3f}, "
+            f"RTF {self.rtf:.3f}{rate}</figcaption></figure>"
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Voice:
+    """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
+
+    def __init__(self, codec: Codec, target: SpeechLM, draft: SpeechLM, about: dict, folder: Path, device: str):
+        self.device = torch.device(device)
+        self.codec, self.target, self.draft = codec.to(self.device), target.to(self.device), draft.to(self.device)
+        for module in (self.codec, self.target, self.draft):
+            module.requires_grad_(False)
+        self.about, self.folder = about, folder
+        self.names: tuple[str, ...] = tuple(about["voices"])
+        self.sampler = Sampler(**about["sampler"])
+        self.weights_id = hashlib.sha256("".join(sorted(about["sha256"].values())).encode()).hexdigest()[:12]
+
+    def check(self, text, method="speculative", voice="af_heart", tolerance=0.4, draft_length=3, seed=0) -> str:
+        """Check every setting before any work -> the text, white space folded. Raises InputError."""
+        if method not in METHODS:
+            raise InputError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
+        if voice not in self.names:
+            raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names)}")
+        check_number("seed", seed, 0, 2**63 - 1, whole=True)
+        self.config(1, tolerance, draft_length)
+        return check_text(text)
+
+    def config(self, phones: int, tolerance: float, draft_length: int, **other) -> DecodeConfig:
+        """Decoding settings for a sentence of ``phones`` text tokens (CosyVoice's token-text ratios, ours)."""
+        low, high = self.about["token_text_ratio"]
+        book = self.codec.config.codebook_size
+        settings = dict(
+            sampler=self.sampler,
+            max_tokens=math.ceil(phones * high) + TOKEN_RATE,
+            min_tokens=math.floor(phones * low),
+            stop_ids=tuple(range(book, self.about["speech_vocab"])),
+            draft_length=draft_length,
+            tolerance=tolerance,
+        )
+        return DecodeConfig(**(settings | other))
+
+    def prefix(self, phones: list[int], voice: str) -> Tensor:
+        """Prompt embeddings (1, T, hidden): [start][voice][phones...][task]."""
+        ids = torch.tensor([prompt(phones, voice)], device=self.device)
+        return self.target.model.embed_tokens(ids)
+
+    def language(self, voice: str) -> str:
+        return "en-us" if voice.startswith("a") else "en-gb"
+
+    def speak(
+        self,
+        text: str,
+        method: str = "speculative",
+        voice: str = "af_heart",
+        tolerance: float = 0.4,
+        draft_length: int = 3,
+        seed: int = 0,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> Take:
+        """Speak ``text``; long text sentence by sentence. The same seed and settings give the same tokens.
+
+        ``on_tokens`` is called with new speech tokens as they are accepted. Raises InputError.
+        """
+        text = self.check(text, method, voice, tolerance, draft_length, seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        began = time.perf_counter()
+        pieces = [phone_ids(piece, self.language(voice)) for piece in sentences(text)]
+        seconds = {"text": time.perf_counter() - began}
+        results, audio = [], []
+        spent = 0.0
+        for phones in pieces:
+            result = self.decode(phones, method, voice, tolerance, draft_length, generator, on_tokens)
+            results.append(result)
+            began = time.perf_counter()
+            audio += [self.codec.decode(torch.tensor(result.tokens, device=self.device), self.names.index(voice))]
+            audio += [np.zeros(int(PAUSE_SECONDS * SAMPLE_RATE), np.float32)]
+            spent += time.perf_counter() - began
+        for phase in results[0].seconds:
+            seconds[phase] = sum(r.seconds[phase] for r in results)
+        return Take(
+            method, text, voice, tuple(t for r in results for t in r.tokens), np.concatenate(audio[:-1]),
+            seconds | {"codec": spent}, tuple(results), seed, str(self.device), tolerance, draft_length,
+        )
+
+    def decode(self, phones, method, voice, tolerance, draft_length, generator, on_tokens=None, **other) -> DecodeResult:
+        """Speech tokens of one sentence of phone ids; ``other`` replaces decoding settings."""
+        config = self.config(len(phones), tolerance, draft_length, **other)
+        prefix = self.prefix(phones, voice)
+        if method == "speculative":
+            return speculative(self.target, self.draft, prefix, config, generator, on_tokens)
+        lm = self.draft if method == "draft" else self.target
+        return autoregressive(lm, prefix, config, generator, on_tokens)
+
+    def reference(self, voice: str) -> np.ndarray:
+        """Teacher speech of ``voice``, float32 (samples,) at 24 kHz: what similarity is measured against."""
+        import soundfile
+
+        audio, rate = soundfile.read(self.folder / "references" / f"{voice}.flac", dtype="float32")
+        assert rate == SAMPLE_RATE, rate
+        return audio
+
+
+def load(path: str | Path | None = None, device: str = "auto") -> Voice:
+    """Load a voice folder (the bundled one by default). ``device``: auto, cpu or cuda. Raises InputError."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' was asked for and this machine has none that torch can use: choose cpu or auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(path) if path else checkpoints.BUNDLED
+    return Voice(*checkpoints.load_voice(folder), folder, device)
