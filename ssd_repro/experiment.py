@@ -28,10 +28,9 @@ import pandas as pd
 
 from . import metrics
 from .errors import InputError
-from .settings import DRAFT_LENGTH, TOLERANCE
 
 # Modules that no row depends on; a change in any other makes a new code revision.
-NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "corpus"}
+NOT_IN_ROWS = {"__main__", "cli", "figures", "tables"}
 PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
             "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
 WARM_UP = "This short sentence warms the machine up."
@@ -39,18 +38,15 @@ WARM_UP = "This short sentence warms the machine up."
 
 @dataclass(frozen=True)
 class System:
-    """One line of a table: how to decode. The two numbers mean nothing to the other methods."""
+    """One line of a table: how to decode. The two numbers are for the speculative method alone."""
 
     method: str
     tolerance: float | None = None
     draft_length: int | None = None
 
     def arguments(self) -> dict:
-        return {
-            "method": self.method,
-            "tolerance": TOLERANCE if self.tolerance is None else self.tolerance,
-            "draft_length": DRAFT_LENGTH if self.draft_length is None else self.draft_length,
-        }
+        """What ``voice.speak`` gets: its own defaults where nothing is set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -298,8 +294,8 @@ def git_state() -> dict:
         return {"commit": None, "dirty": None}
 
 
-def write_provenance(folder, name: str, voice, profile: str, parameters: dict) -> dict:
-    """Add to ``<folder>/provenance.json``, under ``name``, where its results come from."""
+def write_provenance(folder, name: str, voice, profile: str, parameters: dict, keys=()) -> dict:
+    """Add to ``<folder>/provenance.json``, under ``name``, where its results (rows ``keys``) come from."""
     path = Path(folder) / "provenance.json"
     whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
     whole[name] = {
@@ -314,6 +310,7 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict) -
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
+        "keys": list(keys),
     }
     write_text(path, json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return whole[name]

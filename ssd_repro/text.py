@@ -29,6 +29,7 @@ START, TASK = len(SYMBOLS) + len(VOICES), len(SYMBOLS) + len(VOICES) + 1
 TEXT_VOCABULARY = TASK + 1
 
 MAX_CHARACTERS = 5_000
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+")
 SENTENCE_CHARACTERS = 150  # the longest line the bundled voice was trained on
 
 
@@ -56,21 +57,23 @@ def check_text(text: str) -> str:
 def sentences(text: str, limit: int = SENTENCE_CHARACTERS) -> list[str]:
     """Split checked text into pieces of at most ``limit`` characters, dropping no word.
 
-    Splits at sentence ends; a longer sentence at its commas, then at spaces,
-    then anywhere.
+    Sentences stay together while they fit; one that does not is cut at its
+    commas, then at spaces, then anywhere.
     """
     pieces: list[str] = []
-    for sentence in re.split(r"(?<=[.!?])[\"'”’)]*\s+", text):
+    for sentence in _SENTENCE_END.split(text):
+        if pieces and len(pieces[-1]) + 1 + len(sentence) <= limit:
+            pieces[-1] += " " + sentence
+            continue
         while len(sentence) > limit:
             head = sentence[: limit + 1]
-            cut = max(head.rfind(mark) + len(mark) - 1 for mark in (", ", "; ", ": "))
+            cut = max(head.rfind(mark) + 1 for mark in (", ", "; ", ": "))
             cut = cut if cut > limit // 3 else head.rfind(" ")
             cut = cut if cut > 0 else limit
             pieces.append(sentence[:cut].strip())
             sentence = sentence[cut:].strip()
         pieces.append(sentence)
-    spoken = [piece for piece in pieces if any(char.isalnum() for char in piece)]
-    return spoken
+    return [piece for piece in pieces if any(char.isalnum() for char in piece)]
 
 
 @lru_cache(maxsize=2)

@@ -230,7 +230,7 @@ class Voice:
         """Teacher speech of ``voice``, float32 (samples,) at 24 kHz: what similarity is measured against."""
         import soundfile
 
-        audio, rate = soundfile.read(self.folder / "references" / f"{voice}.flac", dtype="float32")
+        audio, rate = soundfile.read(self.folder / "references" / self.about["references"][voice], dtype="float32")
         assert rate == SAMPLE_RATE, rate
         return audio
 

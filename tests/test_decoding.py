@@ -1,5 +1,7 @@
 import math
 from collections import Counter
+from itertools import accumulate
+from time import perf_counter, sleep
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def quick_sampler(monkeypatch):
 @pytest.mark.parametrize("draft_length", range(1, 7))
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_law_of_whole_sequences(sampler, draft_length, quick_sampler):
-    """8,400 sequences of the real loop in each of 24 cells (201,600), and 100 in each greedy one.
+    """201,600 sequences of the real loop in 24 cells (12,400 to 4,400), and 100 in each greedy one.
 
     Against every sequence's exact probability; stop token inside the draft, minimum length
     2, maximum length such that a full draft and a shortened one both occur. Fails when
@@ -67,7 +69,7 @@ def test_law_of_whole_sequences(sampler, draft_length, quick_sampler):
     rng = generator(100 + draft_length)
     seen = Counter(
         sequence(speculative(TARGET, DRAFT, PREFIX_EMBEDDINGS, cfg, rng))
-        for _ in range(100 if sampler == "greedy" else 8_400)
+        for _ in range(100 if sampler == "greedy" else 14_000 - 1_600 * draft_length)
     )
     assert p_value(seen, exact_law(TARGET.table, cfg)) > 1e-6
 
@@ -170,20 +172,21 @@ def test_loop_keeps_its_books(
         draft_length=draft_length,
         tolerance=tolerance,
     )
-    streamed = []
+    streamed, caches = [], []
 
     def after_round(new):
         streamed.extend(new)
-        assert target.sessions[-1].held() == streamed[:-1]
-        held = draft.sessions[-1].held()
-        assert held == streamed[: len(held)] and len(held) < len(streamed)
-        if len(streamed) < longest:
-            assert len(held) >= len(streamed) - 2
+        caches.append((target.sessions[-1].held(), draft.sessions[-1].held()))
 
     rng = generator(seed)
     result = speculative(target, draft, PREFIX_EMBEDDINGS, cfg, rng, after_round)
     tokens, rounds = result.tokens, result.rounds
     assert list(tokens) == streamed and STOP not in tokens
+    sizes = accumulate(r.emitted for r in rounds)
+    for (held, held_by_draft), size in zip(caches, sizes, strict=False):
+        assert held == streamed[: size - 1]
+        assert held_by_draft == streamed[: len(held_by_draft)]
+        assert len(held_by_draft) < size <= len(held_by_draft) + (3 if size == longest else 2)
     assert target.sessions[-1].held() == list(sequence(result)[:-1])
     assert cfg.min_tokens <= len(tokens) <= longest
     assert result.stopped or len(tokens) == longest
@@ -318,8 +321,6 @@ def test_a_stop_token_is_banned_inside_the_draft():
 
 def test_time_in_the_callback_is_not_the_models():
     cfg = config(max_tokens=4, stop_ids=())
-    from time import perf_counter, sleep
-
     began = perf_counter()
     result = autoregressive(TARGET, PREFIX_EMBEDDINGS, cfg, generator(), lambda _: sleep(0.05))
     assert result.lm_seconds < perf_counter() - began - 0.19
@@ -352,7 +353,7 @@ def test_both_caches_hold_exactly_the_accepted_tokens(seed, draft_length, longes
 
         return Recording()
 
-    said = []
+    said, ended = [], []
 
     @torch.inference_mode()
     def after_round(new):
@@ -361,6 +362,9 @@ def test_both_caches_hold_exactly_the_accepted_tokens(seed, draft_length, longes
             (session,) = opened[name]
             held = session.length - LM_PREFIX.shape[1]
             assert session.length == session.cache.get_seq_length()
+            ended.append(held == len(said))  # the newest token is then a stop, not heard here
+            if ended[-1]:
+                continue
             assert len(said) - held == 1 or (name == "draft" and 1 < len(said) - held <= 3)
             missing = torch.tensor([said[held:]])
             whole = torch.cat((LM_PREFIX, lm.speech_embedding(torch.tensor([said]))), 1)
@@ -379,6 +383,7 @@ def test_both_caches_hold_exactly_the_accepted_tokens(seed, draft_length, longes
     models = recording(LM, "target"), recording(LM_DRAFT, "draft")
     result = speculative(*models, LM_PREFIX, cfg, generator(seed), after_round)
     assert list(result.tokens) == said
+    assert not any(ended[:-2]) and (result.stopped or not any(ended))
     if greedy and tolerance == 0:
         assert result.tokens == autoregressive(LM, LM_PREFIX, cfg, generator()).tokens
 
@@ -390,7 +395,7 @@ class HostReads(TorchDispatchMode):
     functions (``Reads``), all others as operators.
     """
 
-    OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "multinomial", "_unique2"}
+    OPERATORS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "masked_select", "equal"}
     FUNCTIONS = {"tolist", "numpy", "cpu", "__array__"}
 
     def __init__(self):

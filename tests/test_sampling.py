@@ -27,9 +27,9 @@ def cosyvoice_law(logits, history, sampler):
         chance /= mass
         count = history[-sampler.ras_window :].count(y)
         if sampler.ras and count >= sampler.ras_window * sampler.ras_tau - 1e-9:
-            for x, f in enumerate(full):
-                if x != y:
-                    law[x] += chance * f / (math.fsum(full) - full[y])
+            others = {x: f for x, f in enumerate(full) if x != y}
+            for x, f in others.items():
+                law[x] += chance * f / math.fsum(others.values())
         else:
             law[y] += chance
     return law

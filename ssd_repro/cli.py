@@ -1,0 +1,286 @@
+"""The command ``ssd-repro``: speak, run. Bad input is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import sys
+import tempfile
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from .errors import InputError
+
+FIRST_TRAINING = "10"  # notebooks numbered from here on train: they run with --only alone
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _number(convert, what: str):
+    def parse(text: str):
+        try:
+            return convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
+
+    return parse
+
+
+def parser() -> Parser:
+    whole, real = _number(int, "a whole number"), _number(float, "a number")
+    top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run")
+
+    speak = commands.add_parser("speak", help="speak a text with the bundled voice")
+    speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
+    speak.add_argument("--method", default="speculative", help="autoregressive, draft or speculative (default)")
+    speak.add_argument("--tolerance", type=real, default=0.4, metavar="BETA",
+                       help="0 (lossless) to 1; default 0.4, the paper's")  # fmt: skip
+    speak.add_argument("--draft-length", type=whole, default=3, metavar="N", help="1 to 64; default 3, the paper's")
+    speak.add_argument("--voice", default="af_heart", metavar="NAME", help="default af_heart")
+    speak.add_argument("--seed", type=whole, default=0, metavar="N", help="default 0")
+    speak.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    speak.add_argument("--weights", metavar="FOLDER", help="another voice folder than the bundled one")
+    speak.add_argument("--out", type=Path, metavar="FILE.wav", help="where the sound goes; without it nothing is written")
+    speak.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    speak.set_defaults(function=run_speak)
+
+    run = commands.add_parser("run", help="execute the numbered notebooks into results/<profile>/")
+    run.add_argument("--profile", default="quick", metavar="NAME", help="a file of notebooks/profiles; default quick")
+    run.add_argument("--only", nargs="+", default=[], metavar="NUMBER", help="only these notebooks, such as 01")
+    run.add_argument("--out", type=Path, metavar="DIR", help="default results/<profile>")
+    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                     help="set a parameter of the notebooks, over the profile's")  # fmt: skip
+    run.set_defaults(function=run_notebooks)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    warnings.simplefilter("ignore")  # of libraries: the user can do nothing about them
+    try:
+        return options.function(options)
+    except InputError as error:
+        print(f"ssd-repro: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssd-repro: interrupted", file=sys.stderr)
+        return 130
+
+
+# speak
+
+
+def check_output(path: Path) -> None:
+    """InputError unless a WAV file can be put at ``path``; leaves nothing behind."""
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder: give the name of a .wav file")
+    if path.suffix.lower() != ".wav":
+        raise InputError(f"--out {path} does not end in .wav: a WAV file is what is written")
+    if path.exists() and not (stat.S_ISREG(path.stat().st_mode) and os.access(path, os.W_OK)):
+        raise InputError(f"--out {path} is not a file that can be replaced: choose another name")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}, make it first")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot write into {path.parent} ({error.strerror})") from None
+
+
+def run_speak(options) -> int:
+    from .text import check_text
+
+    check_text(options.text)
+    if options.out:
+        check_output(options.out)
+    with redirect_stdout(sys.stderr):  # whatever a library prints
+        take = _speak(options)
+        if options.out:
+            try:
+                take.save(options.out)
+            except OSError as error:
+                raise InputError(f"--out {options.out} cannot be written: {error.strerror}") from error
+    out = str(options.out) if options.out else None
+    print(json.dumps({**take.summary(), "out": out}) if options.json else describe(take, out))
+    return 0
+
+
+def _speak(options):
+    import ssd_repro
+
+    voice = ssd_repro.load(options.weights, device=options.device)
+    settings = {name: getattr(options, name) for name in ("method", "voice", "tolerance", "draft_length", "seed")}
+    return voice.speak(options.text, **settings)
+
+
+def describe(take, out: str | None) -> str:
+    """A take in a few lines for a person."""
+    lines = [
+        f"{take.method}, voice {take.voice}, seed {take.seed}, {take.device}",
+        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio, "
+        f"LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}",
+    ]
+    if take.acceptance_rate is not None:
+        lines.append(
+            f"acceptance rate {take.acceptance_rate:.3f}, {take.tokens_per_target_call:.2f} tokens a target call"
+        )
+    lines.append(f"written to {out}" if out else "no sound was written: add --out FILE.wav")
+    return "\n".join(lines)
+
+
+# run
+
+
+def notebooks_folder() -> Path:
+    """The checkout's notebooks, or the copy inside an installed package."""
+    from .experiment import source_tree
+
+    root = source_tree()
+    folder = root / "notebooks" if root else Path(__file__).parent / "notebooks"
+    if not folder.is_dir():
+        raise InputError("no notebooks are installed: install ssd-repro from a clone of its repository")
+    return folder
+
+
+def choose_notebooks(folder: Path, only: list[str]) -> list[Path]:
+    """The notebooks that ``only`` names by number, stem or file name; all result notebooks by default."""
+    known = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not only:
+        return [path for path in known if path.name[:2] < FIRST_TRAINING]
+    chosen = []
+    for name in only:
+        fits = [path for path in known if name in (path.name[:2], path.stem, path.name)]
+        if not fits:
+            raise InputError(f"unknown notebook {name!r}: choose among {', '.join(p.stem for p in known)}")
+        chosen += fits
+    return sorted(set(chosen))
+
+
+def read_profile(folder: Path, name: str) -> dict:
+    import yaml
+
+    known = {path.stem: path for path in sorted((folder / "profiles").glob("*.yaml"))}
+    if name not in known:
+        raise InputError(f"unknown profile {name!r}: choose one of {', '.join(known)}")
+    values = yaml.safe_load(known[name].read_text("utf-8"))
+    if not isinstance(values, dict):
+        raise InputError(f"profile {name} must hold lines NAME: VALUE")
+    return values
+
+
+def declared(path: Path) -> dict[str, str]:
+    """Name -> type of a notebook's parameters, from its parameters cell."""
+    import papermill
+
+    return {name: p["inferred_type_name"] for name, p in papermill.inspect_notebook(str(path)).items()}
+
+
+def parse_value(name: str, text: str, kind: str):
+    """The VALUE of -p as the parameters cell's type; InputError if it is not of that type."""
+    import yaml
+
+    from .experiment import fits
+
+    try:
+        value = text if kind == "str" else float(text) if kind == "float" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        value = None
+    if not fits(value, kind):
+        raise InputError(f"parameter {name} must be {kind}, got {text!r}")
+    return value
+
+
+def parameters_for(kinds: dict[Path, dict[str, str]], profile: dict, given: list) -> dict[Path, dict]:
+    """Each notebook's parameters: those it declares, from the profile and then from -p."""
+    from .experiment import fits
+
+    every = {name: kind for declared in kinds.values() for name, kind in declared.items()}
+    for name, _ in given:
+        if name not in every:
+            raise InputError(f"unknown parameter {name!r}: choose one of {', '.join(every)}")
+    values = {name: value for name, value in profile.items() if name in every}
+    for name, value in values.items():
+        if not fits(value, every[name]):
+            raise InputError(f"the profile's {name} must be {every[name]}, got {value!r}")
+    values |= {name: parse_value(name, text, every[name]) for name, text in given}
+    return {path: {n: v for n, v in values.items() if n in declared} for path, declared in kinds.items()}
+
+
+def check_profile(folder: Path, name: str, profile: dict) -> None:
+    """A name in a profile that no notebook declares is a mistake."""
+    known = {n for path in folder.glob("[0-9][0-9]_*.ipynb") for n in declared(path)}
+    unknown = sorted(set(profile) - known)
+    if unknown:
+        raise InputError(f"profile {name} sets {unknown[0]!r}, which no notebook has")
+
+
+def run_notebooks(options) -> int:
+    from .experiment import locked, results_folder
+
+    folder = notebooks_folder()
+    chosen = choose_notebooks(folder, options.only)
+    profile = read_profile(folder, options.profile)
+    check_profile(folder, options.profile, profile)
+    out = results_folder(str(options.out or ""), options.profile)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give the name of a folder")
+    parameters = parameters_for({path: declared(path) for path in chosen}, profile, options.parameters)
+    code = 0
+    with locked(out / ".run.lock"):
+        for path in chosen:
+            fixed = {"profile": options.profile, "out": _as_typed(out)}
+            code = max(code, execute(path, out, fixed | parameters[path]))
+    return code
+
+
+def _as_typed(path: Path) -> str:
+    """Relative to the working directory where it lies below it: results name no machine's folders."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(path)
+
+
+def execute(source: Path, out: Path, parameters: dict) -> int:
+    """Run one notebook into ``out``; only a finished one gets its own name. -> exit code."""
+    import papermill
+
+    running, failed, done = (out / f"{source.stem}.{end}" for end in ("running.ipynb", "failed.ipynb", "ipynb"))
+    print(f"{source.stem} -> {done}", file=sys.stderr)
+    try:
+        papermill.execute_notebook(str(source), str(running), parameters, kernel_name="python3",
+                                   language="python", stderr_file=sys.stderr)  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        os.replace(running, failed)
+        print(
+            f"ssd-repro: notebook {source.name} failed in cell {error.cell_index}: {error.ename}: {error.evalue} "
+            f"(kept as {failed})",
+            file=sys.stderr,
+        )
+        return 2 if error.ename == "InputError" else 1
+    tidy(running, source)
+    os.replace(running, done)
+    failed.unlink(missing_ok=True)
+    return 0
+
+
+def tidy(path: Path, source: Path) -> None:
+    """Keep a progress bar's last state alone, and of papermill's notes no folder of this machine."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    about = notebook.metadata.get("papermill", {})
+    about.update({key: Path(about[key]).name for key in ("input_path", "output_path") if about.get(key)})
+    about.update({"input_path": source.name, "output_path": source.name})
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines = output.text.split("\n")
+                output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+    nbformat.write(notebook, path)

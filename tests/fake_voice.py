@@ -1,0 +1,78 @@
+"""A voice without models: the real ``Voice`` in all but its weights, so that tests are fast."""
+
+import math
+import random
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from ssd_repro.codec import CodecConfig
+from ssd_repro.corpus import VOICES
+from ssd_repro.decoding import DecodeResult, Round
+from ssd_repro.sampling import Sampler
+from ssd_repro.voice import Voice
+
+RATE = 24_000
+
+
+TONE = (0.3 * np.sin(0.05 * np.arange(60 * RATE, dtype=np.float32))).astype(np.float32)
+
+
+def tone(seconds: float) -> np.ndarray:
+    return TONE[: int(seconds * RATE)]
+
+
+class FakeVoice(Voice):
+    def __init__(self, weights_id: str = "fake", pause: float = 0.0):
+        self.device = torch.device("cpu")
+        self.about = {"token_text_ratio": (1, 20), "speech_vocab": 6564}
+        self.names = VOICES
+        self.sampler = Sampler()
+        self.weights_id = weights_id
+        self.codec = SimpleNamespace(config=CodecConfig(), decode=lambda tokens, _: tone(len(tokens) / 25))
+        self.calls: list[tuple[str, int]] = []
+        self.pause = pause
+
+    def decode(self, phones, method, voice, tolerance, draft_length, generator, on_tokens=None, **other):
+        """About two tokens a phone; a round accepts at random, from the generator's seed alone."""
+        self.calls.append((method, generator.initial_seed()))
+        time.sleep(self.pause)
+        dice = random.Random(f"{method} {phones} {voice} {tolerance} {generator.initial_seed()}")
+        rounds = [Round(0, 0, 1, "sampled")]
+        while sum(r.emitted for r in rounds) < 2 * len(phones):
+            if method != "speculative":
+                rounds.append(Round(0, 0, 1, "sampled"))
+                continue
+            kept = dice.randint(0, draft_length)
+            kind = "bonus" if kept == draft_length else "resampled"
+            rounds.append(Round(draft_length, kept, kept + 1, kind, None if kind == "bonus" else 7))
+        tokens = tuple(dice.randrange(6561) for _ in range(sum(r.emitted for r in rounds)))
+        verify = {"autoregressive": 4e-3, "draft": 2e-3, "speculative": 5e-3}[method] * len(rounds)
+        draft = 1e-3 * sum(r.drafted for r in rounds)
+        seconds = {"prefill": 0.004, "draft": draft, "verify": verify, "rest": 0.001}
+        calls = sum(r.drafted for r in rounds)
+        return DecodeResult(tokens, True, tuple(rounds), len(rounds), calls, seconds)
+
+    def speak(self, *arguments, **settings):
+        """As the real one, but the seconds of the text and of the codec are always the same."""
+        take = super().speak(*arguments, **settings)
+        return replace(take, seconds={**take.seconds, "text": 0.01, "codec": 0.1})
+
+    def reference(self, voice):
+        return tone(2.0 + self.names.index(voice))
+
+
+def fake_load(path=None, device="auto"):
+    return FakeVoice(pause=0.002)
+
+
+def fake_measure(audio, rate, text, reference, whisper=""):
+    """Scores that depend on the audio alone."""
+    words = len(text.split())
+    return {
+        "transcript": text, "word_errors": len(audio) % 3, "words": words, "p808": 3.5, "sig": 3.4,
+        "bak": 3.9, "ovrl": 3.1, "similarity": 0.8 + len(audio) % 7 / 100,
+    }  # fmt: skip
