@@ -33,18 +33,19 @@ def _number(convert, what: str):
 
 
 def parser() -> Parser:
-    whole, real = _number(int, "a whole number"), _number(float, "a number")
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
     commands = top.add_subparsers(dest="command", required=True, metavar="speak|run")
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
     speak.add_argument("--method", default="speculative", help="autoregressive, draft or speculative (default)")
-    speak.add_argument("--tolerance", type=real, default=0.4, metavar="BETA",
+    speak.add_argument("--tolerance", type=_number(float, "a number from 0 to 1"), default=0.4, metavar="BETA",
                        help="0 (lossless) to 1; default 0.4, the paper's")  # fmt: skip
-    speak.add_argument("--draft-length", type=whole, default=3, metavar="N", help="1 to 64; default 3, the paper's")
+    speak.add_argument("--draft-length", type=_number(int, "a whole number from 1 to 64"), default=3, metavar="N",
+                       help="1 to 64; default 3, the paper's")  # fmt: skip
     speak.add_argument("--voice", default="af_heart", metavar="NAME", help="default af_heart")
-    speak.add_argument("--seed", type=whole, default=0, metavar="N", help="default 0")
+    speak.add_argument("--seed", type=_number(int, "a whole number of at least 0"), default=0, metavar="N",
+                       help="default 0")  # fmt: skip
     speak.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
     speak.add_argument("--weights", metavar="FOLDER", help="another voice folder than the bundled one")
     speak.add_argument("--out", type=Path, metavar="FILE.wav", help="where the sound goes; without it nothing is written")
@@ -255,7 +256,8 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
     print(f"{source.stem} -> {done}", file=sys.stderr)
     try:
         papermill.execute_notebook(str(source), str(running), parameters, kernel_name="python3",
-                                   language="python", stderr_file=sys.stderr)  # fmt: skip
+                                   language="python", stderr_file=sys.stderr,
+                                   extra_arguments=["--IPKernelApp.log_level=ERROR"])  # fmt: skip
     except papermill.PapermillExecutionError as error:
         os.replace(running, failed)
         print(

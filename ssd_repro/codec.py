@@ -83,7 +83,6 @@ class CodecConfig:
     decoder_width: int = 320
     decoder_blocks: int = 6
     voices: int = 6
-    phones: int = 64
 
     @property
     def codebook_size(self) -> int:

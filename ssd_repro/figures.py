@@ -17,7 +17,7 @@ KINDS = {  # what became of a token, in the order of the lanes from the top
     "accepted": PALETTE[2],
     "bonus": PALETTE[0],
     "resampled": PALETTE[1],
-    "rejected": PALETTE[3],
+    "rejected": "black",
     "discarded": PALETTE[5],
 }
 LABELS = {"rejected": "rejected draft", "discarded": "draft after it"}
@@ -76,10 +76,17 @@ def timeline(events: pd.DataFrame, ax, title: str = ""):
 
 
 def phase_frame(takes) -> pd.DataFrame:
-    """Seconds of each phase for each second of audio: a line a method."""
-    return pd.DataFrame(
-        {take.method: {phase: s / take.audio_seconds for phase, s in take.seconds.items()} for take in takes}
-    ).T
+    """Seconds of each phase for each second of audio: a line a method.
+
+    Where the draft speaks alone, what the loop calls 'verify' is the draft's work.
+    """
+    lines = {}
+    for take in takes:
+        seconds = dict(take.seconds)
+        if take.method == "draft":
+            seconds["draft"] += seconds.pop("verify")
+        lines[take.method] = {phase: seconds.get(phase, 0.0) / take.audio_seconds for phase in PHASES}
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def phases(table: pd.DataFrame, ax):
@@ -102,7 +109,8 @@ def _beside(ax, table: pd.DataFrame, ours, interval, paper, digits: int):
     y = np.arange(len(table))
     low, high = interval
     ax.hlines(y - 0.13, low, high, color=PALETTE[0], linewidth=2)
-    ax.plot(ours, y - 0.13, "o", color=PALETTE[0], markersize=8, label="this repository")
+    ax.plot(ours, y - 0.13, "o", color=PALETTE[0], markersize=8, clip_on=False,
+            zorder=3, label="this repository")  # fmt: skip
     ax.plot(paper, y + 0.13, "D", color=PALETTE[1], markerfacecolor="white", markersize=7, label="paper")
     for here, there, place in zip(ours, paper, y, strict=True):
         ax.annotate(f"{here:.{digits}f}", (here, place - 0.13), (0, 7), textcoords="offset points", ha="center")

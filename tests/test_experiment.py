@@ -2,11 +2,10 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
+import re
 import time
 
 import fake_voice
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssd_repro import experiment, figures, tables
+from ssd_repro import corpus, experiment, figures, tables
 from ssd_repro.errors import InputError
 from ssd_repro.experiment import System
 
@@ -96,44 +95,32 @@ def test_a_broken_line_in_the_middle_is_named(fake, tmp_path):
         run(fake, tmp_path, count=1)
 
 
-SCRIPT = """
-import sys; sys.path.insert(0, "tests")
-import fake_voice
-from pathlib import Path
-from ssd_repro import experiment, metrics
-from test_experiment import SYSTEMS, run
-metrics.measure = fake_voice.fake_measure
-print("ready", flush=True)
-run(fake_voice.FakeVoice(pause=0.004), Path(sys.argv[1]), count=12)
-"""
-
-
-def start(folder):
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [sys.executable, "-c", SCRIPT, str(folder)]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n", process.communicate()
-    return process
-
-
-def test_killed_at_random_moments_no_row_is_lost_or_doubled(fake, tmp_path):
-    undisturbed = run(fake, tmp_path / "undisturbed", count=12)
+def test_killed_at_20_random_moments_no_row_is_lost_or_doubled(fake, tmp_path):
+    undisturbed = run(fake, tmp_path / "undisturbed", count=8)
     dice, folder = random.Random(0), tmp_path / "killed"
-    for _ in range(3):
-        process = start(folder)
-        time.sleep(dice.uniform(0.02, 0.25))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    rows = run(fake, folder, count=12)
-    assert len(lines(folder).splitlines()) == 36
+    kept = b""
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=run, args=(fake, folder, 8))
+        process.start()
+        time.sleep(dice.uniform(0.005, 0.15))
+        process.kill()
+        process.join()
+        if (folder / "rows" / "table1.jsonl").exists():
+            whole = lines(folder).rpartition(b"\n")[0]
+            assert whole.startswith(kept)
+            kept = whole
+    rows = run(fake, folder, count=8)
+    assert lines(folder).startswith(kept) and len(lines(folder).splitlines()) == 24
+    pd.testing.assert_frame_equal(undisturbed, rows)
     pd.testing.assert_frame_equal(tables.table1(undisturbed), tables.table1(rows))
 
 
 def test_a_second_run_into_the_same_folder_is_refused(fake, tmp_path):
     with experiment.locked(tmp_path / "rows" / "table1.lock"):
-        process = start(tmp_path)
-        _, errors = process.communicate()
-    assert process.returncode and "another run is writing into" in errors.splitlines()[-1]
+        with pytest.raises(InputError, match="another run is writing into"):
+            run(fake, tmp_path)
+    assert fake.calls == []
+    run(fake, tmp_path, count=1)  # the lock is free again
 
 
 def test_a_full_disk_keeps_the_rows_before(fake, tmp_path, monkeypatch):
@@ -197,6 +184,15 @@ def test_evaluation_sentences_are_apart_from_the_training_text():
     assert len(known) == len({text for _, text in known}) == 200
     assert len({name.split("-")[0] for name, _ in known}) > 30
     assert all(7 <= len(text.split()) and len(text) <= 150 and '"' not in text for _, text in known)
+    taught = {phrase for row in corpus.manifest() for phrase in phrases(row["text"])}
+    assert len(taught) > 10_000
+    shared = {text for _, text in known if taught & set(phrases(text))}
+    assert not shared
+
+
+def phrases(text):
+    words = re.findall("[a-z']+", text.lower().replace("’", "'"))
+    return [tuple(words[i : i + 5]) for i in range(len(words) - 4)]
 
 
 # Tables and figures

@@ -120,6 +120,12 @@ def test_draw_follows_the_law():
     assert again.tolist() == counts.tolist()
 
 
+@pytest.mark.parametrize("uniform, want", [(0.0, 1), (1 - 2**-53, 2)])
+def test_draw_at_the_ends_of_the_unit_interval(uniform, want, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform).double())
+    assert draw(torch.tensor([0.0, 0.5, 0.5, 0.0]), generator()) == want
+
+
 @pytest.mark.parametrize(
     "settings, name",
     [

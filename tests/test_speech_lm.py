@@ -73,7 +73,9 @@ def test_draft_layers(layers, asked, want):
     assert draft_layers(layers, **asked) == want
 
 
-@pytest.mark.parametrize("asked", [{"bottom": 0}, {"top": 12}, {"depth": 13}, {"depth": 4, "bottom": 1, "top": 1}])
+@pytest.mark.parametrize(
+    "asked", [{"bottom": 0}, {"top": 12}, {"depth": 13}, {"depth": 4, "bottom": 1, "top": 1}]
+)
 def test_drafts_that_do_not_fit_say_so(asked):
     with pytest.raises(InputError, match="12 layers"):
         draft_layers(12, **asked)

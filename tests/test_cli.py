@@ -1,0 +1,258 @@
+"""The commands: the JSON contract, bad input, notebooks that fail."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import soundfile
+
+from ssd_repro import cli
+from ssd_repro.errors import InputError
+
+FIELDS = {"method", "text", "voice", "tokens", "token_ids", "audio_seconds", "lm_seconds", "lm_rtf", "rtf",
+          "target_calls", "draft_calls", "acceptance_rate", "tokens_per_target_call", "seed", "device", "out"}  # fmt: skip
+
+
+def call(capsys, *arguments):
+    """-> exit code, stdout, stderr of the command, run in this process."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# speak
+
+
+@pytest.mark.parametrize("method", ["autoregressive", "draft", "speculative"])
+def test_json_is_one_object_and_nothing_else(fake, capsys, tmp_path, monkeypatch, method):
+    speak = fake.speak
+    monkeypatch.setattr(fake, "speak", lambda *a, **k: print("a library's chatter") or speak(*a, **k))
+    out = tmp_path / "a.wav"
+    code, stdout, _ = call(capsys, "speak", "Good morning.", "--method", method, "--out", out, "--json")
+    assert code == 0
+    facts = json.loads(stdout)
+    assert FIELDS <= set(facts)
+    assert facts["method"] == method and facts["out"] == str(out)
+    assert facts["tokens"] == len(facts["token_ids"])
+    audio, rate = soundfile.read(out)
+    assert len(audio) / rate == pytest.approx(facts["audio_seconds"], abs=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_same_seed_and_settings_same_tokens(fake, capsys):
+    def tokens(*more):
+        return json.loads(call(capsys, "speak", "Good morning.", "--json", *more)[1])["token_ids"]
+
+    assert tokens("--seed", 5) == tokens("--seed", 5) != tokens("--seed", 6)
+
+
+def test_for_a_person(fake, capsys):
+    code, stdout, stderr = call(capsys, "speak", "Good morning.")
+    assert code == 0 and "acceptance rate" in stdout and "--out FILE.wav" in stdout and not stderr
+
+
+BAD = {
+    "empty": (["speak", ""], "text is empty"),
+    "blank": (["speak", " \t\n"], "text is empty"),
+    "punctuation": (["speak", "?!..."], "only punctuation"),
+    "5,001 characters": (["speak", "a" * 5001], "5001 characters"),
+    "emoji": (["speak", "hello 🙂"], "U+1F642"),
+    "other script": (["speak", "привет"], "U+043F"),
+    "voice": (["speak", "hi", "--voice", "nobody"], "'nobody'"),
+    "method": (["speak", "hi", "--method", "magic"], "'magic'"),
+    "tolerance -0.1": (["speak", "hi", "--tolerance", "-0.1"], "-0.1"),
+    "tolerance nan": (["speak", "hi", "--tolerance", "nan"], "nan"),
+    "tolerance 1.5": (["speak", "hi", "--tolerance", "1.5"], "1.5"),
+    "tolerance x": (["speak", "hi", "--tolerance", "x"], "must be a number from 0 to 1, got 'x'"),
+    "draft length 0": (["speak", "hi", "--draft-length", "0"], "is 0"),
+    "draft length 65": (["speak", "hi", "--draft-length", "65"], "65"),
+    "draft length 2.5": (["speak", "hi", "--draft-length", "2.5"], "must be a whole number from 1 to 64, got '2.5'"),
+    "seed -1": (["speak", "hi", "--seed", "-1"], "-1"),
+    "seed x": (["speak", "hi", "--seed", "x"], "whole number"),
+    "out no wav": (["speak", "hi", "--out", "a.mp3"], "a.mp3"),
+    "out without folder": (["speak", "hi", "--out", "no/such/a.wav"], "no folder"),
+    "command": (["sing"], "sing"),
+    "nothing": ([], "required"),
+    "no text": (["speak"], "text"),
+    "unknown option": (["speak", "hi", "--beta", "1"], "--beta"),
+    "profile": (["run", "--profile", "huge"], "'huge'"),
+    "notebook": (["run", "--only", "77"], "'77'"),
+    "parameter name": (["run", "-p", "sed", "1"], "'sed'"),
+    "parameter type": (["run", "-p", "seed", "one"], "seed must be int, got 'one'"),
+    "parameter type 2": (["run", "-p", "sentences", "2.5"], "sentences must be int, got '2.5'"),
+    "parameter type 3": (["run", "-p", "tolerance", "high"], "tolerance must be float, got 'high'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_leaves_no_file(fake, capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    arguments, sentence = BAD[name]
+    if arguments and arguments[0] == "speak" and "--out" not in arguments and len(arguments) > 1:
+        arguments = [*arguments, "--out", "a.wav"]
+    if arguments and arguments[0] == "run":
+        arguments = [*arguments, "--out", "results"]
+    code, stdout, stderr = call(capsys, *arguments)
+    assert code == 2 and stdout == ""
+    assert len(stderr.splitlines()) == 1 and sentence in stderr
+    assert fake.calls == [] and list(tmp_path.iterdir()) == []
+
+
+def test_output_paths_that_cannot_be_written(fake, capsys, tmp_path):
+    folder = tmp_path / "folder.wav"
+    folder.mkdir()
+    os.mkfifo(tmp_path / "pipe.wav")
+    for path, sentence in ((folder, "is a folder"), (tmp_path / "pipe.wav", "not a file that can be replaced")):
+        code, _, stderr = call(capsys, "speak", "hi", "--out", path)
+        assert code == 2 and sentence in stderr and fake.calls == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.wav", "pipe.wav"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can write")
+def test_a_folder_that_cannot_be_written(fake, capsys):
+    code, _, stderr = call(capsys, "speak", "hi", "--out", "/proc/a.wav")
+    assert code == 2 and "cannot write into /proc" in stderr and fake.calls == []
+
+
+def test_a_disk_that_fills_up_while_saving(fake, capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, stderr = call(capsys, "speak", "hi", "--out", tmp_path / "a.wav")
+    assert code == 2 and "No space left on device" in stderr and list(tmp_path.iterdir()) == []
+
+
+def test_an_old_file_stays_until_the_new_one_is_whole(fake, capsys, tmp_path):
+    out = tmp_path / "a.wav"
+    out.write_bytes(b"old")
+    assert call(capsys, "speak", "hi", "--out", out, "--tolerance", "7")[0] == 2 and out.read_bytes() == b"old"
+    assert call(capsys, "speak", "hi", "--out", out)[0] == 0 and out.read_bytes()[:4] == b"RIFF"
+    assert stat.S_IMODE(out.stat().st_mode) & 0o444
+
+
+def test_cuda_without_one_and_weights_that_are_missing(capsys, tmp_path):
+    import torch
+
+    code, _, stderr = call(capsys, "speak", "hi", "--weights", tmp_path)
+    assert code == 2 and "missing" in stderr and len(stderr.splitlines()) == 1
+    if not torch.cuda.is_available():
+        code, _, stderr = call(capsys, "speak", "hi", "--device", "cuda")
+        assert code == 2 and "cuda" in stderr and len(stderr.splitlines()) == 1
+    code, _, stderr = call(capsys, "speak", "hi", "--device", "tpu")
+    assert code == 2 and "'tpu'" in stderr
+
+
+def test_the_installed_command_in_a_process_of_its_own(fake_environment, tmp_path):
+    command = [sys.executable, "-m", "ssd_repro", "speak", "hi", "--draft-length", "2.5"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=fake_environment)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+# run
+
+
+def notebook(path, *cells, parameters="seed: int = 0  # a number"):
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    book = nbformat.v4.new_notebook(cells=[first, *(nbformat.v4.new_code_cell(cell) for cell in cells)])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, path)
+
+
+@pytest.fixture
+def books(tmp_path, monkeypatch):
+    """A notebooks folder with 00_good, 01_bad, 10_train and the profile quick; -> (it, results)."""
+    folder = tmp_path / "books"
+    (folder / "profiles").mkdir(parents=True)
+    (folder / "profiles" / "quick.yaml").write_text("seed: 1\n")
+    monkeypatch.setattr(cli, "notebooks_folder", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    return folder, Path("results")
+
+
+def test_run_names_the_notebook_and_the_cell_that_failed(books, capsys):
+    folder, out = books
+    notebook(folder / "00_good.ipynb", "print(seed)")
+    notebook(folder / "01_bad.ipynb", "fine = 1", "raise KeyError('no luck')")
+    notebook(folder / "02_good.ipynb", "print(seed)")
+    code, stdout, stderr = call(capsys, "run", "--out", out, "-p", "seed", "7")
+    assert code == 1 and stdout == ""
+    assert "notebook 01_bad.ipynb failed in cell " in stderr and "KeyError: 'no luck'" in stderr
+    names = sorted(path.name for path in out.glob("*.ipynb"))
+    assert names == ["00_good.ipynb", "01_bad.failed.ipynb", "02_good.ipynb"]
+    done = nbformat.read(out / "00_good.ipynb", as_version=4)
+    assert done.cells[-1].outputs[0].text == "7\n"
+    assert str(folder) not in (out / "00_good.ipynb").read_text()
+
+
+def test_a_repaired_notebook_takes_the_place_of_its_failure(books, capsys):
+    folder, out = books
+    notebook(folder / "01_bad.ipynb", "1 / 0")
+    assert call(capsys, "run", "--out", out)[0] == 1
+    notebook(folder / "01_bad.ipynb", "1 / 1")
+    assert call(capsys, "run", "--out", out)[0] == 0
+    assert [path.name for path in out.glob("*.ipynb")] == ["01_bad.ipynb"]
+
+
+def test_bad_input_found_inside_of_a_notebook_is_exit_code_2(books, capsys):
+    folder, out = books
+    notebook(folder / "00_bad.ipynb", "class InputError(ValueError): pass\nraise InputError('voice is x')")
+    code, _, stderr = call(capsys, "run", "--out", out)
+    assert code == 2 and "InputError: voice is x" in stderr
+
+
+def test_training_notebooks_run_only_when_asked_for(books):
+    folder, _ = books
+    for name in ("00_a", "01_b", "10_train"):
+        notebook(folder / f"{name}.ipynb")
+
+    def names(only):
+        return [path.stem for path in cli.choose_notebooks(folder, only)]
+
+    assert names([]) == ["00_a", "01_b"]
+    assert names(["10"]) == names(["10_train"]) == ["10_train"]
+    assert names(["01", "00_a.ipynb"]) == ["00_a", "01_b"]
+    with pytest.raises(InputError, match="'b'"):
+        names(["b"])
+
+
+def test_a_profile_that_sets_what_no_notebook_has(books, capsys):
+    folder, out = books
+    notebook(folder / "00_good.ipynb")
+    (folder / "profiles" / "quick.yaml").write_text("sede: 1\n")
+    code, _, stderr = call(capsys, "run", "--out", out)
+    assert code == 2 and "'sede'" in stderr and not out.exists()
+    (folder / "profiles" / "quick.yaml").write_text("seed: 1e-3\n")  # YAML reads a string
+    code, _, stderr = call(capsys, "run", "--out", out)
+    assert code == 2 and "seed must be int, got '1e-3'" in stderr
+
+
+def test_two_runs_into_one_folder(books, capsys):
+    from ssd_repro.experiment import locked
+
+    folder, out = books
+    notebook(folder / "00_good.ipynb")
+    with locked(out / ".run.lock"):
+        code, _, stderr = call(capsys, "run", "--out", out)
+    assert code == 2 and "another run is writing into" in stderr
+
+
+def test_progress_bars_and_folders_are_tidied(tmp_path):
+    path = tmp_path / "a.ipynb"
+    notebook(path, "x")
+    book = nbformat.read(path, as_version=4)
+    book.metadata["papermill"] = {"input_path": str(path), "output_path": str(path)}
+    text = "0%|  |\r50%|# |\r100%|##|\nnext\r"
+    book.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text=text)]
+    nbformat.write(book, path)
+    cli.tidy(path, Path("01_a.ipynb"))
+    assert str(tmp_path) not in path.read_text()
+    assert nbformat.read(path, as_version=4).cells[1].outputs[0].text == "100%|##|\nnext"
