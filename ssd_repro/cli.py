@@ -254,6 +254,7 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
 
     running, failed, done = (out / f"{source.stem}.{end}" for end in ("running.ipynb", "failed.ipynb", "ipynb"))
     print(f"{source.stem} -> {done}", file=sys.stderr)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:pkg_resources is deprecated:UserWarning")  # pyworld's
     try:
         papermill.execute_notebook(str(source), str(running), parameters, kernel_name="python3",
                                    language="python", stderr_file=sys.stderr,
@@ -281,8 +282,20 @@ def tidy(path: Path, source: Path) -> None:
     about.update({key: Path(about[key]).name for key in ("input_path", "output_path") if about.get(key)})
     about.update({"input_path": source.name, "output_path": source.name})
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                lines = output.text.split("\n")
-                output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+        if cell.cell_type == "code":
+            cell.outputs = joined_streams(cell.outputs)
     nbformat.write(notebook, path)
+
+
+def joined_streams(outputs: list) -> list:
+    """Neighbouring pieces of stdout or stderr as one, each line as a terminal shows it at the end."""
+    joined: list = []
+    for output in outputs:
+        if joined and "name" in output and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n"))
+    return joined

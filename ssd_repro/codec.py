@@ -10,6 +10,7 @@ waveform (Morise et al. 2016). FSQ: Mentzer et al. 2023, 8 digits of 3 levels =
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,14 +27,20 @@ LOG_F0, VOICED = ENVELOPE + APERIODICITY, ENVELOPE + APERIODICITY + 1
 FFT_SIZE = 1024
 
 
+def _pyworld():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # its import's, of no use to us
+        import pyworld
+    return pyworld
+
+
 def analyse(audio: np.ndarray) -> np.ndarray:
     """WORLD features of ``audio`` (samples,) float at 24 kHz -> (frames, 45), 5 ms a frame.
 
     Columns: 40 coded envelope, 3 coded aperiodicity, log F0 (interpolated
     through unvoiced frames), voiced flag.
     """
-    import pyworld
-
+    pyworld = _pyworld()
     x = np.ascontiguousarray(audio, dtype=np.float64)
     f0, times = pyworld.dio(x, SAMPLE_RATE, frame_period=FRAME_MS)
     f0 = pyworld.stonemask(x, f0, times, SAMPLE_RATE)
@@ -56,8 +63,7 @@ def analyse(audio: np.ndarray) -> np.ndarray:
 
 def synthesise(features: np.ndarray) -> np.ndarray:
     """WORLD features (frames, 45) -> float32 waveform at 24 kHz, within [-1, 1]."""
-    import pyworld
-
+    pyworld = _pyworld()
     x = np.ascontiguousarray(features, dtype=np.float64)
     f0 = np.where(x[:, VOICED] > 0.5, np.exp(np.clip(x[:, LOG_F0], 3.9, 6.4)), 0.0)
     envelope = pyworld.decode_spectral_envelope(

@@ -143,3 +143,14 @@ def save(figure, folder: Path, name: str) -> None:
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", bbox_inches="tight", dpi=160, metadata={"Software": None})
+
+
+def losses(log: pd.DataFrame, term: str, ax):
+    """One loss term over the steps of a training log: in training and, as dev_<term>, held out."""
+    for name, label, colour in ((term, "training", PALETTE[0]), (f"dev_{term}", "held out", PALETTE[1])):
+        if name in log:
+            known = log.dropna(subset=[name])
+            ax.plot(known["step"], known[name], color=colour, label=label)
+    ax.set(xlabel="step", ylabel=term)
+    ax.legend(frameon=False)
+    return ax

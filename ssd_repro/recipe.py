@@ -18,7 +18,7 @@ from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
 from .errors import InputError
 from .sampling import Sampler
 from .speech_lm import SpeechLM
-from .text import VOICES
+from .text import VOICES, phone_ids
 from .training import CodecTrainer, Features, Hint, TargetTrainer, Utterance, featurise
 
 # Chosen once, by the sweep in MODEL_CARD.md, before any speculative result was looked at.
@@ -178,3 +178,38 @@ def voice_table(rows: pd.DataFrame) -> pd.DataFrame:
         })  # fmt: skip
 
     return rows.groupby("system", sort=False).apply(line, include_groups=False).round(3).reset_index()
+
+
+# The candidates of the sampler sweep: CosyVoice's own first.
+SAMPLERS = {
+    "RAS .8/25": Sampler(),
+    "top-p .8, top-k 25": Sampler(ras=False),
+    "top-p .6, top-k 25": Sampler(ras=False, top_p=0.6),
+    "RAS .6/25": Sampler(top_p=0.6),
+    "RAS .8/25, tau .3": Sampler(ras_tau=0.3),
+    "greedy": Sampler(temperature=0.0, ras=False),
+}
+
+
+def sampler_rows(voice, samplers: dict[str, Sampler], said, folder: Path, whisper: str = "", progress=lambda it: it) -> list[dict]:
+    """The target alone under each sampler: one row an utterance and sampler; resumable."""
+    path = folder / "rows" / "samplers.jsonl"
+    with experiment.locked(path.with_suffix(".lock")):
+        experiment.drop_half_line(path)
+        rows = {row["key"]: row for row in experiment.read_rows(path)}
+        keys = []
+        for one in progress(said):
+            phones = phone_ids(one.text, voice.language(one.voice))
+            for name, sampler in samplers.items():
+                settings = {**vars(one), **vars(sampler), "weights": voice.weights_id, "whisper": whisper or "base"}
+                keys.append(key := experiment.key(settings))
+                if key in rows:
+                    continue
+                generator = torch.Generator(voice.device).manual_seed(one.seed)
+                result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=sampler)
+                audio = voice.codec.decode(torch.tensor(result.tokens), voice.names.index(one.voice))
+                scores = metrics.measure(audio, SAMPLE_RATE, one.text, voice.reference(one.voice), whisper)
+                ratio = len(result.tokens) / len(phones)
+                rows[key] = {"key": key, **settings, "system": name, "stopped": result.stopped, "length_ratio": ratio, **scores}
+                experiment.append_row(path, rows[key])
+    return [rows[key] for key in keys]

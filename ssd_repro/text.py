@@ -6,6 +6,7 @@ its own, so the text stays short beside 25 speech tokens a second.
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from functools import lru_cache
@@ -84,7 +85,9 @@ def _backend(language: str):
 
     EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
-    return EspeakBackend(language, preserve_punctuation=True, with_stress=True)
+    quiet = logging.getLogger("ssd_repro.phonemizer")  # it warns of every "of the" that becomes one word
+    quiet.setLevel(logging.ERROR)
+    return EspeakBackend(language, preserve_punctuation=True, with_stress=True, logger=quiet)
 
 
 def phonemes(text: str, language: str = "en-us") -> str:

@@ -250,9 +250,9 @@ def test_progress_bars_and_folders_are_tidied(tmp_path):
     notebook(path, "x")
     book = nbformat.read(path, as_version=4)
     book.metadata["papermill"] = {"input_path": str(path), "output_path": str(path)}
-    text = "0%|  |\r50%|# |\r100%|##|\nnext\r"
-    book.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text=text)]
+    pieces = ["0%|  |", "\r50%|# |", "\r100%|##|\nnext\r"]
+    book.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text=text) for text in pieces]
     nbformat.write(book, path)
     cli.tidy(path, Path("01_a.ipynb"))
     assert str(tmp_path) not in path.read_text()
-    assert nbformat.read(path, as_version=4).cells[1].outputs[0].text == "100%|##|\nnext"
+    assert [out.text for out in nbformat.read(path, as_version=4).cells[1].outputs] == ["100%|##|\nnext"]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +96,6 @@ def test_an_unknown_parameter_that_papermill_injects_is_an_error(fake_environmen
 
 @pytest.mark.skipif(not (checkpoints.BUNDLED / "voice.json").exists(), reason="no bundled voice in this checkout")
 def test_the_bundled_voice_with_the_real_metrics(tmp_path):
-    import os
-
     pytest.importorskip("resemblyzer", reason="the extra eval is not installed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = run(environment, tmp_path, "--only", "01", "-p", "sentences", "2", "-p", "repeats", "1")
@@ -105,3 +104,4 @@ def test_the_bundled_voice_with_the_real_metrics(tmp_path):
     assert len(rows) == 6 and rows.repeatable.all()
     assert rows.p808.between(1, 5).all() and rows.similarity.between(0.4, 1).all()
     assert Path(tmp_path, "out", "tables", "table1.csv").exists()
+    assert sys.prefix not in Path(tmp_path, "out", "01_table1.ipynb").read_text()

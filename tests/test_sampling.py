@@ -122,7 +122,7 @@ def test_draw_follows_the_law():
 
 @pytest.mark.parametrize("uniform, want", [(0.0, 1), (1 - 2**-53, 2)])
 def test_draw_at_the_ends_of_the_unit_interval(uniform, want, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform).double())
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
     assert draw(torch.tensor([0.0, 0.5, 0.5, 0.0]), generator()) == want
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ssd_repro
-from ssd_repro import checkpoints
+from ssd_repro import checkpoints, text
 from ssd_repro.decoding import NumericsError
 from ssd_repro.sampling import Sampler
 
@@ -25,7 +25,7 @@ def voice():
 def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice, draft_length):
     greedy = Sampler(temperature=0.0)
     for name in voice.names:
-        phones = ssd_repro.text.phone_ids(TEXT, voice.language(name))
+        phones = text.phone_ids(TEXT, voice.language(name))
         made = [
             voice.decode(phones, method, name, 0.0, draft_length, torch.Generator().manual_seed(0), sampler=greedy)
             for method in ("autoregressive", "speculative")
@@ -63,7 +63,7 @@ def test_long_text_is_spoken_piece_by_piece(voice):
 
 
 def test_no_stop_before_the_least_length_and_none_beyond_the_most(voice):
-    phones = ssd_repro.text.phone_ids(TEXT)
+    phones = text.phone_ids(TEXT)
     config = voice.config(len(phones), 0.4, 3)
     result = voice.decode(phones, "speculative", "af_heart", 0.4, 3, torch.Generator().manual_seed(0), max_tokens=config.min_tokens)
     assert len(result.tokens) == config.min_tokens and not result.stopped
@@ -118,11 +118,11 @@ def test_harmed_weights_are_refused_by_name(copy, part, harm):
         ssd_repro.load(copy)
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "cannot be read"), ("{}", "cannot be read"), (None, "missing")])
-def test_harmed_description_is_refused(copy, text, says):
+@pytest.mark.parametrize(("content", "says"), [("{", "cannot be read"), ("{}", "cannot be read"), (None, "missing")])
+def test_harmed_description_is_refused(copy, content, says):
     (copy / "voice.json").unlink()
-    if text:
-        (copy / "voice.json").write_text(text)
+    if content:
+        (copy / "voice.json").write_text(content)
     with pytest.raises(ssd_repro.InputError, match=says):
         ssd_repro.load(copy)
 
