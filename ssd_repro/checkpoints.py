@@ -37,6 +37,7 @@ def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, fa
     }
     for part, state in tensors.items():
         save_file({k: v.half().contiguous() for k, v in state.items()}, folder / f"{part}.safetensors")
+        (folder / f"{part}.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     config = target.model.config
     about = {
         "format": FORMAT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections import Counter
 from importlib import util
@@ -21,8 +22,8 @@ from .speech_lm import SpeechLM
 from .text import VOICES, phone_ids
 from .training import CodecTrainer, Features, Hint, TargetTrainer, Utterance, featurise
 
-# Chosen once, by the sweep in MODEL_CARD.md, before any speculative result was looked at.
-SAMPLER = Sampler()
+# Chosen once, by notebook 15's sweep, before any speculative result was looked at.
+SAMPLER = Sampler(ras_tau=0.3)
 # Speech tokens per text token: the training corpus lies within 1.3 .. 2.3.
 TOKEN_TEXT_RATIO = (1.2, 2.6)
 
@@ -51,11 +52,16 @@ def corpus_features(source: str | Path, hint: str, folder: Path, progress=lambda
     folder.mkdir(parents=True, exist_ok=True)
     states, found = Hint(hint), []
     for row in progress(corpus.read_metadata(index)):
-        audio = next((p for p in (source / f"{row['id']}{end}" for end in (".flac", ".opus")) if p.exists()), None)
-        if audio is None:
-            raise InputError(f"{source} has no audio for {row['id']}, which its metadata.csv lists")
-        found.append(featurise(audio, row, states, folder))
+        found.append(featurise(_audio_file(source, row), row, states, folder))
     return found
+
+
+def _audio_file(source: Path, row: dict[str, str]) -> Path:
+    """The audio of a corpus row, FLAC or Opus."""
+    for path in (source / f"{row['id']}.flac", source / f"{row['id']}.opus"):
+        if path.exists():
+            return path
+    raise InputError(f"{source} has no audio for {row['id']}, which its metadata.csv lists")
 
 
 def code_statistics(utterances: list[Utterance]) -> pd.DataFrame:
@@ -109,12 +115,12 @@ def write_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, s
     source = checkpoints.BUNDLED / "references" if str(source) == "references" else Path(source)
     rows = corpus.read_metadata(source / "metadata.csv")
     chosen = [next(r for r in rows if r["voice"] == v and int(r["samples"]) > 5 * SAMPLE_RATE) for v in VOICES]
+    audio = {row["id"]: soundfile.read(_audio_file(source, row)) for row in chosen}
     references = folder / "references"
-    references.mkdir(parents=True, exist_ok=True)
-    for row in chosen:
-        audio = next(p for p in (source / f"{row['id']}{end}" for end in (".flac", ".opus")) if p.exists())
-        samples, rate = soundfile.read(audio)
-        soundfile.write(references / f"{row['id']}.flac", samples, rate, subtype="PCM_16")
+    shutil.rmtree(references, ignore_errors=True)
+    references.mkdir(parents=True)
+    for name, (samples, rate) in audio.items():
+        soundfile.write(references / f"{name}.flac", samples, rate, subtype="PCM_16")
     corpus.write_metadata(references / "metadata.csv", chosen)
     facts = {
         "voices": list(VOICES),

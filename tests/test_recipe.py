@@ -1,0 +1,53 @@
+"""The training notebooks, for real, at smoke size, on the bundled reference utterances."""
+
+import json
+
+import pytest
+
+import ssd_repro
+from ssd_repro import cli, recipe
+from ssd_repro.errors import InputError
+from ssd_repro.training import Utterance
+
+
+def test_notebooks_11_to_13_make_a_voice_that_loads(tmp_path):
+    work, out = tmp_path / "work", tmp_path / "results"
+    code = cli.main(["run", "--profile", "smoke", "--only", "11", "12", "13", "--out", str(out), "-p", "work", str(work)])
+    assert code == 0
+    made = ssd_repro.load(work / "voice", device="cpu")
+    assert made.target.model.config.num_hidden_layers == 4
+    assert len(made.draft.model.layers) == 2
+    assert set(made.about["references"]) == set(made.names)
+    assert made.reference("bf_emma").std() > 0.01
+    tokens = work / "tokens.jsonl"
+    assert len(tokens.read_text().splitlines()) == 6
+    for name in ("11_codec", "12_target", "13_draft"):
+        cells = json.loads((out / f"{name}.ipynb").read_text())["cells"]
+        assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
+    assert (out / "figures" / "codec_losses.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("step", [lambda p: recipe.load_codec(p / "x"), lambda p: recipe.load_target(p / "x", 32, 4),
+                                  lambda p: recipe.corpus_features(p, "", p)])  # fmt: skip
+def test_a_step_out_of_order_says_which_notebook_comes_first(step, tmp_path):
+    with pytest.raises(InputError, match="notebook 1"):
+        step(tmp_path)
+
+
+def test_code_statistics_count_what_is_there():
+    made = [Utterance("a", "af_heart", [1, 2], [[0, 1, 1, 2]], [])]
+    facts = recipe.code_statistics(made)["value"]
+    assert facts["tokens"] == 4 and facts["codes used"] == 3
+    assert facts["entropy, bits a token"] == 1.5
+    assert facts["tokens per text token, least"] == 2
+
+
+def test_voice_table_counts_errors_over_words_not_over_utterances():
+    import pandas as pd
+
+    rows = pd.DataFrame({
+        "system": ["teacher", "teacher"], "word_errors": [1, 0], "words": [2, 8], "p808": [3.0, 4.0], "ovrl": [3.0, 3.0],
+        "similarity": [0.9, 0.9], "length_ratio": [1.0, 1.4], "stopped": [True, False],
+    })  # fmt: skip
+    line = recipe.voice_table(rows).iloc[0]
+    assert line["WER %"] == 10.0 and line["P808"] == 3.5 and line["within 25 %"] == 0.5 and line["ended by itself"] == 0.5
