@@ -69,6 +69,7 @@ def fit(
         first, rows = saved["step"], json.loads(saved["rows"])
     model.train()
     sums: dict[str, float] = {}
+    summed = 0
     began = time.perf_counter()
     for step in range(first, schedule.steps):
         rate = schedule.learning_rate * min(1, (step + 1) / schedule.warmup)
@@ -81,13 +82,13 @@ def fit(
         terms["total"].backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
         optimizer.step()
+        summed += 1
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         last = step + 1 == schedule.steps
         if (step + 1) % 50 == 0 or last:
-            count = (step % 50) + 1 if last or step - first >= 49 else step - first + 1
-            row = {"step": step + 1, **{k: v / count for k, v in sums.items()}}
-            sums = {}
+            row = {"step": step + 1, **{k: v / summed for k, v in sums.items()}}
+            sums, summed = {}, 0
             if evaluate and ((step + 1) % schedule.save_every == 0 or last):
                 model.eval()
                 with torch.no_grad():

@@ -49,8 +49,9 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
         return training.train_target(Codec(SMALL), utterances(), utterances(2, 1), schedule, tmp_path / name, print, **SIZES)[0]
 
     def fit_parts():
+        codec = Codec(SMALL)
         torch.manual_seed(0)
-        trainer = training.TargetTrainer(Codec(SMALL), **SIZES)
+        trainer = training.TargetTrainer(codec, **SIZES)
 
         def loss(batch, rng):
             if len(calls) == 4:
