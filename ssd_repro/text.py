@@ -13,12 +13,9 @@ from functools import lru_cache
 
 from .errors import InputError
 
-PUNCTUATION = " ,.;:!?\""
-CONSONANTS = "b d f h j k l m n p r s t v w x z ð ŋ ɡ ɹ ɾ ʃ ʒ ʔ θ tʃ dʒ".split()
-VOWELS = (
-    "a e i o u æ ɐ ɑ ɒ ɔ ə ɚ ɛ ɜ ɪ ʊ ʌ ᵻ "
-    "iː uː ɑː ɔː ɜː ɛː oː aɪ aʊ eɪ oʊ əʊ ɔɪ"
-).split()
+PUNCTUATION = ' ,.;:!?"'
+CONSONANTS = ["b", "d", "f", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "x", "z", "ð", "ŋ", "ɡ", "ɹ", "ɾ", "ʃ", "ʒ", "ʔ", "θ", "tʃ", "dʒ"]
+VOWELS = ["a", "e", "i", "o", "u", "æ", "ɐ", "ɑ", "ɒ", "ɔ", "ə", "ɚ", "ɛ", "ɜ", "ɪ", "ʊ", "ʌ", "ᵻ", "iː", "uː", "ɑː", "ɔː", "ɜː", "ɛː", "oː", "aɪ", "aʊ", "eɪ", "oʊ", "əʊ", "ɔɪ"]
 STRESS = "ˈ"
 SYMBOLS = tuple(PUNCTUATION) + tuple(CONSONANTS) + tuple(VOWELS) + tuple(STRESS + v for v in VOWELS)
 SYMBOL_ID = {symbol: i for i, symbol in enumerate(SYMBOLS)}

@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codec import (
-    APERIODICITY, ENVELOPE, FRAMES_PER_TOKEN, LOG_F0, SAMPLE_RATE, TOKEN_RATE, VOICED, Codec, CodecConfig, analyse, stack,
+    APERIODICITY,
+    ENVELOPE,
+    FRAMES_PER_TOKEN,
+    LOG_F0,
+    SAMPLE_RATE,
+    TOKEN_RATE,
+    VOICED,
+    Codec,
+    CodecConfig,
+    analyse,
+    stack,
 )
 from .speech_lm import SpeechLM, make_draft, small_qwen2
 from .text import SYMBOLS, TEXT_VOCABULARY, VOICES, phone_ids, plain_phones, prompt
@@ -59,7 +69,9 @@ def fit(
     items of like ``size``. ``checkpoint`` is written every ``save_every``
     steps, beside and renamed, and read if it is there.
     """
-    optimizer = torch.optim.AdamW(groups, schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
+    )
     scales = [group.get("scale", 1.0) for group in optimizer.param_groups]
     first, rows = 0, []
     if checkpoint.exists():
@@ -191,7 +203,13 @@ class CodecTrainer(nn.Module):
 
     WEIGHTS = {"envelope": 1.0, "spectrum": 2.0, "aperiodicity": 0.3, "f0": 0.5, "voiced": 0.3, "delta": 0.3}
 
-    def __init__(self, train: list[Features], config: CodecConfig = CodecConfig(), phone_weight: float = 0.25, flip: float = 0.04):
+    def __init__(
+        self,
+        train: list[Features],
+        config: CodecConfig = CodecConfig(),
+        phone_weight: float = 0.25,
+        flip: float = 0.04,
+    ):
         super().__init__()
         self.codec, self.phone_head = Codec(config), PhoneHead(config.digits)
         self.phone_weight, self.flip = phone_weight, flip
@@ -200,7 +218,9 @@ class CodecTrainer(nn.Module):
         self.codec.std.copy_(world.std(0))
         self.codec.mean[VOICED] = self.codec.std[VOICED] = 0.5
         n = torch.arange(ENVELOPE)
-        cosines = torch.cos(math.pi * n[:, None] * (2 * n[None] + 1) / (2 * ENVELOPE)) * math.sqrt(2 / ENVELOPE)
+        cosines = torch.cos(math.pi * n[:, None] * (2 * n[None] + 1) / (2 * ENVELOPE)) * math.sqrt(
+            2 / ENVELOPE
+        )
         cosines[0] /= math.sqrt(2)
         self.register_buffer("to_spectrum", self.codec.std[:ENVELOPE, None] * cosines, persistent=False)
         normal = self.codec.normalise(world[:20_000])[:, :ENVELOPE]
@@ -230,20 +250,33 @@ class CodecTrainer(nn.Module):
             digits = self.codec.quantise(self.codec.digits(world, hint))
             spoken = digits
             if self.training:  # wrong digits: the decoder must bear a language model's mistakes
-                spoken = torch.where(torch.rand_like(digits) < self.flip, torch.randint(-1, 2, digits.shape).float(), digits)
+                spoken = torch.where(
+                    torch.rand_like(digits) < self.flip, torch.randint(-1, 2, digits.shape).float(), digits
+                )
             made = self.codec.decode_digits(spoken, voices)
             logits = self.phone_head(digits)
-        terms = self.distances(made, self.codec.normalise(world), mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None])
+        terms = self.distances(
+            made, self.codec.normalise(world), mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None]
+        )
         total = sum(self.WEIGHTS[name] * value for name, value in terms.items())
         log_probs, frames = logits.log_softmax(-1), (mask.sum(1) * 2).long()
         lengths = torch.tensor([len(x) for x in labels])
-        ctc = F.ctc_loss(log_probs.transpose(0, 1), torch.tensor(sum(labels, [])), frames, lengths,
-                         blank=len(SYMBOLS), zero_infinity=True, reduction="none")
+        ctc = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            torch.tensor(sum(labels, [])),
+            frames,
+            lengths,
+            blank=len(SYMBOLS),
+            zero_infinity=True,
+            reduction="none",
+        )
         terms["ctc"] = (ctc / lengths).mean()
         terms["total"] = total + self.phone_weight * terms["ctc"]
         if not self.training:
             best = log_probs.argmax(-1)
-            heard = [[p for p, _ in groupby(b[:n].tolist()) if p != len(SYMBOLS)] for b, n in zip(best, frames)]
+            heard = [
+                [p for p, _ in groupby(b[:n].tolist()) if p != len(SYMBOLS)] for b, n in zip(best, frames)
+            ]
             wrong = sum(edit_distance(h, x) for h, x in zip(heard, labels))
             terms["phone_error_rate"] = torch.tensor(wrong / int(lengths.sum()))
         return terms
@@ -273,13 +306,22 @@ def edit_distance(a: list, b: list) -> int:
     return row[-1]
 
 
-def train_codec(train: list[Features], dev: list[Features], schedule: Schedule, checkpoint: Path, log=print, **settings) -> tuple[CodecTrainer, list[dict]]:
+def train_codec(
+    train: list[Features], dev: list[Features], schedule: Schedule, checkpoint: Path, log=print, **settings
+) -> tuple[CodecTrainer, list[dict]]:
     """Train codec and phone head together -> (trainer, log rows)."""
     torch.manual_seed(schedule.seed)
     trainer = CodecTrainer(train, **settings)
     rows = fit(
-        trainer, [{"params": list(trainer.parameters())}], trainer.loss, train, lambda f: len(f.world), schedule,
-        checkpoint, lambda: mean_terms(trainer.loss, dev, schedule.batch), log,
+        trainer,
+        [{"params": list(trainer.parameters())}],
+        trainer.loss,
+        train,
+        lambda f: len(f.world),
+        schedule,
+        checkpoint,
+        lambda: mean_terms(trainer.loss, dev, schedule.batch),
+        log,
     )
     return trainer, rows
 
@@ -314,7 +356,11 @@ def align(log_probs: Tensor, labels: list[int], blank: int) -> list[int]:
     low = torch.tensor([-math.inf])
     for row in emit[1:]:
         moves = torch.stack(
-            [score, torch.cat([low, score[:-1]]), torch.cat([low, low, score[:-2]]).masked_fill(~skip, -math.inf)]
+            [
+                score,
+                torch.cat([low, score[:-1]]),
+                torch.cat([low, low, score[:-2]]).masked_fill(~skip, -math.inf),
+            ]
         )
         best, step = moves.max(0)
         back.append(step)
@@ -381,10 +427,22 @@ class TargetTrainer(nn.Module):
     the alignment in hundreds of steps instead of many thousands.
     """
 
-    def __init__(self, codec: Codec, hidden: int = 256, ffn: int = 1024, layers: int = 12, heads: int = 4, kv_heads: int = 2, dropout: float = 0.1, flip: float = 0.02):
+    def __init__(
+        self,
+        codec: Codec,
+        hidden: int = 256,
+        ffn: int = 1024,
+        layers: int = 12,
+        heads: int = 4,
+        kv_heads: int = 2,
+        dropout: float = 0.1,
+        flip: float = 0.02,
+    ):
         super().__init__()
         self.codec, self.flip = [codec], flip  # in a list: not a part of this module
-        self.model = small_qwen2(hidden, ffn, layers, heads, kv_heads, TEXT_VOCABULARY, max_position_embeddings=4096)
+        self.model = small_qwen2(
+            hidden, ffn, layers, heads, kv_heads, TEXT_VOCABULARY, max_position_embeddings=4096
+        )
         self.embedding = Factored(codec, hidden, 0.3)
         self.head = Factored(codec, hidden, 0.05)
         self.bias = nn.Parameter(torch.zeros(len(self.head.basis)))
@@ -420,10 +478,13 @@ class TargetTrainer(nn.Module):
             embedded = embed(rows, self.model.embed_tokens.weight, self.embedding.weight())
             hidden = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
             logits = F.linear(hidden[rows.spoken], self.head.weight(), self.bias).float()
-            phones = [head(self._seen[p][rows.spoken]).float() for p, head in zip(self.watched, self.phone_heads)]
+            phones = [
+                head(self._seen[p][rows.spoken]).float() for p, head in zip(self.watched, self.phone_heads)
+            ]
         speech = F.cross_entropy(logits, rows.labels)
         phone = sum(
-            F.cross_entropy(p.reshape(-1, len(SYMBOLS)), rows.phones.reshape(-1), ignore_index=-1) for p in phones
+            F.cross_entropy(p.reshape(-1, len(SYMBOLS)), rows.phones.reshape(-1), ignore_index=-1)
+            for p in phones
         ) / len(phones)
         return {"total": speech + 0.5 * phone, "speech": speech, "phone": phone}
 
@@ -477,7 +538,15 @@ def embed(rows: Rows, text: Tensor, speech: Tensor) -> Tensor:
     return mixed + F.embedding(rows.speech.clamp(min=0), speech) * (rows.speech >= 0)[..., None]
 
 
-def train_target(codec: Codec, train: list[Utterance], dev: list[Utterance], schedule: Schedule, checkpoint: Path, log=print, **sizes) -> tuple[SpeechLM, list[dict]]:
+def train_target(
+    codec: Codec,
+    train: list[Utterance],
+    dev: list[Utterance],
+    schedule: Schedule,
+    checkpoint: Path,
+    log=print,
+    **sizes,
+) -> tuple[SpeechLM, list[dict]]:
     """Train the target from nothing -> (SpeechLM, log rows)."""
     torch.manual_seed(schedule.seed)
     trainer = TargetTrainer(codec, **sizes)
@@ -485,8 +554,15 @@ def train_target(codec: Codec, train: list[Utterance], dev: list[Utterance], sch
     rest = [p for p in trainer.parameters() if all(p is not q for q in own)]
     groups = [{"params": rest}, {"params": own, "scale": 0.3}]
     rows = fit(
-        trainer, groups, trainer.loss, train, lambda u: len(u.codes[0]), schedule, checkpoint,
-        lambda: mean_terms(trainer.loss, dev, schedule.batch), log,
+        trainer,
+        groups,
+        trainer.loss,
+        train,
+        lambda u: len(u.codes[0]),
+        schedule,
+        checkpoint,
+        lambda: mean_terms(trainer.loss, dev, schedule.batch),
+        log,
     )
     return trainer.folded(), rows
 
@@ -501,7 +577,15 @@ def mean_terms(loss: Callable, items: list, batch: int) -> dict[str, float]:
 # ----------------------------------------------------------------------- draft
 
 
-def train_draft(codec: Codec, target: SpeechLM, train: list[Utterance], dev: list[Utterance], schedule: Schedule, checkpoint: Path, log=print) -> tuple[SpeechLM, list[dict]]:
+def train_draft(
+    codec: Codec,
+    target: SpeechLM,
+    train: list[Utterance],
+    dev: list[Utterance],
+    schedule: Schedule,
+    checkpoint: Path,
+    log=print,
+) -> tuple[SpeechLM, list[dict]]:
     """The paper's draft (Eq. 7): bottom layers and head trained by cross-entropy, the rest frozen.
 
     ``dev_overlap`` in the log is the mean of sum min(p, q) over raw softmaxes:
@@ -528,8 +612,15 @@ def train_draft(codec: Codec, target: SpeechLM, train: list[Utterance], dev: lis
     target.eval()
     groups = [{"params": [p for p in draft.parameters() if p.requires_grad]}]
     rows = fit(
-        draft, groups, loss, train, lambda u: len(u.codes[0]), schedule, checkpoint,
-        lambda: mean_terms(loss, dev, schedule.batch), log,
+        draft,
+        groups,
+        loss,
+        train,
+        lambda u: len(u.codes[0]),
+        schedule,
+        checkpoint,
+        lambda: mean_terms(loss, dev, schedule.batch),
+        log,
     )
     return draft, rows
 

@@ -92,10 +92,7 @@ class Take:
 
     def summary(self) -> dict:
         """The facts of this take, ready for JSON."""
-        names = (
-            "method text voice token_ids audio_seconds lm_seconds lm_rtf rtf seconds target_calls draft_calls "
-            "acceptance_rate tokens_per_target_call tolerance draft_length stopped seed device sample_rate"
-        ).split()
+        names = ["method", "text", "voice", "token_ids", "audio_seconds", "lm_seconds", "lm_rtf", "rtf", "seconds", "target_calls", "draft_calls", "acceptance_rate", "tokens_per_target_call", "tolerance", "draft_length", "stopped", "seed", "device", "sample_rate"]
         return {"tokens": len(self.token_ids), **{name: getattr(self, name) for name in names}}
 
     def wav(self) -> bytes:
@@ -140,9 +137,15 @@ def _umask() -> int:
 class Voice:
     """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
 
-    def __init__(self, codec: Codec, target: SpeechLM, draft: SpeechLM, about: dict, folder: Path, device: str):
+    def __init__(
+        self, codec: Codec, target: SpeechLM, draft: SpeechLM, about: dict, folder: Path, device: str
+    ):
         self.device = torch.device(device)
-        self.codec, self.target, self.draft = codec.to(self.device), target.to(self.device), draft.to(self.device)
+        self.codec, self.target, self.draft = (
+            codec.to(self.device),
+            target.to(self.device),
+            draft.to(self.device),
+        )
         for module in (self.codec, self.target, self.draft):
             module.requires_grad_(False)
         self.about, self.folder = about, folder
@@ -150,7 +153,9 @@ class Voice:
         self.sampler = Sampler(**about["sampler"])
         self.weights_id = hashlib.sha256("".join(sorted(about["sha256"].values())).encode()).hexdigest()[:12]
 
-    def check(self, text, method="speculative", voice="af_heart", tolerance=0.4, draft_length=3, seed=0) -> str:
+    def check(
+        self, text, method="speculative", voice="af_heart", tolerance=0.4, draft_length=3, seed=0
+    ) -> str:
         """Check every setting before any work -> the text, white space folded. Raises InputError."""
         if method not in METHODS:
             raise InputError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
@@ -207,17 +212,30 @@ class Voice:
             result = self.decode(phones, method, voice, tolerance, draft_length, generator, on_tokens)
             results.append(result)
             began = time.perf_counter()
-            audio += [self.codec.decode(torch.tensor(result.tokens, device=self.device), self.names.index(voice))]
+            audio += [
+                self.codec.decode(torch.tensor(result.tokens, device=self.device), self.names.index(voice))
+            ]
             audio += [np.zeros(int(PAUSE_SECONDS * SAMPLE_RATE), np.float32)]
             spent += time.perf_counter() - began
         for phase in results[0].seconds:
             seconds[phase] = sum(r.seconds[phase] for r in results)
         return Take(
-            method, text, voice, tuple(t for r in results for t in r.tokens), np.concatenate(audio[:-1]),
-            seconds | {"codec": spent}, tuple(results), seed, str(self.device), tolerance, draft_length,
+            method,
+            text,
+            voice,
+            tuple(t for r in results for t in r.tokens),
+            np.concatenate(audio[:-1]),
+            seconds | {"codec": spent},
+            tuple(results),
+            seed,
+            str(self.device),
+            tolerance,
+            draft_length,
         )
 
-    def decode(self, phones, method, voice, tolerance, draft_length, generator, on_tokens=None, **other) -> DecodeResult:
+    def decode(
+        self, phones, method, voice, tolerance, draft_length, generator, on_tokens=None, **other
+    ) -> DecodeResult:
         """Speech tokens of one sentence of phone ids; ``other`` replaces decoding settings."""
         config = self.config(len(phones), tolerance, draft_length, **other)
         prefix = self.prefix(phones, voice)
@@ -230,7 +248,9 @@ class Voice:
         """Teacher speech of ``voice``, float32 (samples,) at 24 kHz: what similarity is measured against."""
         import soundfile
 
-        audio, rate = soundfile.read(self.folder / "references" / self.about["references"][voice], dtype="float32")
+        audio, rate = soundfile.read(
+            self.folder / "references" / self.about["references"][voice], dtype="float32"
+        )
         assert rate == SAMPLE_RATE, rate
         return audio
 
@@ -240,7 +260,9 @@ def load(path: str | Path | None = None, device: str = "auto") -> Voice:
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' was asked for and this machine has none that torch can use: choose cpu or auto")
+        raise InputError(
+            "device 'cuda' was asked for and this machine has none that torch can use: choose cpu or auto"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(path) if path else checkpoints.BUNDLED

@@ -1,6 +1,5 @@
 """A voice without models: the real ``Voice`` in all but its weights, so that tests are fast."""
 
-import math
 import random
 import time
 from dataclasses import replace

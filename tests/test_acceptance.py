@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import generator, p_value
 
 from ssd_repro.acceptance import (
     Tolerance,
@@ -12,7 +13,6 @@ from ssd_repro.acceptance import (
     verify,
 )
 from ssd_repro.sampling import draw
-from toys import generator, p_value
 
 P = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.8, 0.0], [0.0, 0.4, 0.3, 0.3]])
 Q = torch.tensor([[0.2, 0.6, 0.2, 0.0], [0.4, 0.1, 0.2, 0.3], [0.1, 0.4, 0.0, 0.5], [0, 0, 0.5, 0.5]])

@@ -22,13 +22,23 @@ class Teacher:
 @pytest.fixture
 def lines(tmp_path):
     path = tmp_path / "t.txt"
-    path.write_text("".join(f"LJ{i:03d}|sentence number {i} of the list, long enough\n" for i in range(40)) + "LJ999|short\n")
+    path.write_text(
+        "".join(f"LJ{i:03d}|sentence number {i} of the list, long enough\n" for i in range(40))
+        + "LJ999|short\n"
+    )
     return corpus.plan(path)
 
 
 def test_plan_deals_pairs_to_the_voices_in_turn_and_leaves_short_lines_out(lines):
     assert len(lines) == 40
-    assert [line.voice for line in lines[:6]] == ["af_heart", "am_michael", "am_michael", "bf_emma", "bf_emma", "bm_george"]
+    assert [line.voice for line in lines[:6]] == [
+        "af_heart",
+        "am_michael",
+        "am_michael",
+        "bf_emma",
+        "bf_emma",
+        "bm_george",
+    ]
     assert lines[0].id == f"af_heart_{lines[0].id[-5:]}"
     assert len({line.id for line in lines}) == 40
 

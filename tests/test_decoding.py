@@ -9,13 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import PREFIX_EMBEDDINGS, TableLM, exact_law, generator, p_value, tiny_lm
 
 from ssd_repro import acceptance, drafting
 from ssd_repro.decoding import DecodeConfig, NumericsError, autoregressive, speculative
 from ssd_repro.errors import InputError
 from ssd_repro.sampling import Sampler, probabilities
 from ssd_repro.speech_lm import make_draft
-from toys import PREFIX_EMBEDDINGS, TableLM, exact_law, generator, p_value, tiny_lm
 
 SAMPLERS = {
     "softmax": Sampler(top_k=0, top_p=1.0, ras=False),

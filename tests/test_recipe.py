@@ -12,7 +12,9 @@ from ssd_repro.training import Utterance
 
 def test_notebooks_11_to_13_make_a_voice_that_loads(tmp_path):
     work, out = tmp_path / "work", tmp_path / "results"
-    code = cli.main(["run", "--profile", "smoke", "--only", "11", "12", "13", "--out", str(out), "-p", "work", str(work)])
+    code = cli.main(
+        ["run", "--profile", "smoke", "--only", "11", "12", "13", "--out", str(out), "-p", "work", str(work)]
+    )
     assert code == 0
     made = ssd_repro.load(work / "voice", device="cpu")
     assert made.target.model.config.num_hidden_layers == 4
@@ -50,4 +52,9 @@ def test_voice_table_counts_errors_over_words_not_over_utterances():
         "similarity": [0.9, 0.9], "length_ratio": [1.0, 1.4], "stopped": [True, False],
     })  # fmt: skip
     line = recipe.voice_table(rows).iloc[0]
-    assert line["WER %"] == 10.0 and line["P808"] == 3.5 and line["within 25 %"] == 0.5 and line["ended by itself"] == 0.5
+    assert (
+        line["WER %"] == 10.0
+        and line["P808"] == 3.5
+        and line["within 25 %"] == 0.5
+        and line["ended by itself"] == 0.5
+    )

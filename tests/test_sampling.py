@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import generator, p_value
 
 from ssd_repro.errors import InputError
 from ssd_repro.sampling import Sampler, draw, probabilities
-from toys import generator, p_value
 
 PLAIN = Sampler(top_k=0, top_p=1.0, ras=False)
 

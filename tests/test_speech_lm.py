@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import generator, tiny_lm
 
 from ssd_repro.errors import InputError
 from ssd_repro.speech_lm import draft_layers, make_draft
-from toys import generator, tiny_lm
 
 LM = tiny_lm()
 

@@ -27,7 +27,9 @@ def test_bad_text_is_refused_in_one_sentence(bad, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("good", ["It’s “fine” – ok… 50% & £3", "Café Zoë", "Mr. Smith, 12 o'clock.", "5^2 = 25"])
+@pytest.mark.parametrize(
+    "good", ["It’s “fine” – ok… 50% & £3", "Café Zoë", "Mr. Smith, 12 o'clock.", "5^2 = 25"]
+)
 def test_ordinary_english_is_taken(good):
     assert text.check_text(good)
     assert text.phone_ids(good)

@@ -27,7 +27,9 @@ def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice, 
     for name in voice.names:
         phones = text.phone_ids(TEXT, voice.language(name))
         made = [
-            voice.decode(phones, method, name, 0.0, draft_length, torch.Generator().manual_seed(0), sampler=greedy)
+            voice.decode(
+                phones, method, name, 0.0, draft_length, torch.Generator().manual_seed(0), sampler=greedy
+            )
             for method in ("autoregressive", "speculative")
         ]
         assert made[0].tokens == made[1].tokens
@@ -51,7 +53,9 @@ def test_a_take_says_what_it_did(voice, method):
     assert np.abs(take.audio).max() > 0.05
     assert (take.acceptance_rate is not None) == (method == "speculative")
     assert (take.target_calls == 0) == (method == "draft")
-    assert take.lm_seconds == pytest.approx(sum(take.seconds[k] for k in ("prefill", "draft", "verify", "rest")))
+    assert take.lm_seconds == pytest.approx(
+        sum(take.seconds[k] for k in ("prefill", "draft", "verify", "rest"))
+    )
     assert json.loads(json.dumps(take.summary()))["token_ids"] == list(take.token_ids)
     assert "<audio" in take._repr_html_()
 
@@ -65,7 +69,15 @@ def test_long_text_is_spoken_piece_by_piece(voice):
 def test_no_stop_before_the_least_length_and_none_beyond_the_most(voice):
     phones = text.phone_ids(TEXT)
     config = voice.config(len(phones), 0.4, 3)
-    result = voice.decode(phones, "speculative", "af_heart", 0.4, 3, torch.Generator().manual_seed(0), max_tokens=config.min_tokens)
+    result = voice.decode(
+        phones,
+        "speculative",
+        "af_heart",
+        0.4,
+        3,
+        torch.Generator().manual_seed(0),
+        max_tokens=config.min_tokens,
+    )
     assert len(result.tokens) == config.min_tokens and not result.stopped
 
 
@@ -118,7 +130,9 @@ def test_harmed_weights_are_refused_by_name(copy, part, harm):
         ssd_repro.load(copy)
 
 
-@pytest.mark.parametrize(("content", "says"), [("{", "cannot be read"), ("{}", "cannot be read"), (None, "missing")])
+@pytest.mark.parametrize(
+    ("content", "says"), [("{", "cannot be read"), ("{}", "cannot be read"), (None, "missing")]
+)
 def test_harmed_description_is_refused(copy, content, says):
     (copy / "voice.json").unlink()
     if content:
