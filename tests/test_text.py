@@ -1,7 +1,7 @@
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ssd_repro import text
@@ -39,6 +39,8 @@ words = st.text(string.ascii_letters + ".,;:!?'", min_size=1, max_size=220)
 
 
 @given(st.lists(words, min_size=1, max_size=60))
+@example(["abcdefghij" * 40])
+@example(["word"] * 100)
 def test_no_word_is_dropped_and_no_piece_is_too_long(parts):
     whole = " ".join(parts)
     pieces = text.sentences(whole)

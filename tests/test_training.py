@@ -32,6 +32,13 @@ def test_viterbi_finds_the_path_that_was_put_in():
     assert training.align(log_probs, labels, blank=9) == path
 
 
+def test_viterbi_puts_a_blank_between_equal_labels():
+    log_probs = torch.full((4, 10), -10.0)
+    log_probs[:, 7] = 0.0
+    log_probs[1, 9] = -1.0  # the best place for it
+    assert training.align(log_probs, [7, 7], blank=9) == [0, 0, 1, 1]
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
     def train(name, steps):
         torch.manual_seed(99)  # what is drawn must depend on (seed, step) alone

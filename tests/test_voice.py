@@ -33,7 +33,7 @@ def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice, 
             for method in ("autoregressive", "speculative")
         ]
         assert made[0].tokens == made[1].tokens
-        assert made[1].accepted > 0
+        assert 0 < made[1].accepted < made[1].drafted  # the draft's work, and not the target's
         assert made[1].target_calls < made[0].target_calls
 
 
