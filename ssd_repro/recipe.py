@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections import Counter
+from functools import lru_cache
 from importlib import util
 from math import log2
 from pathlib import Path
@@ -47,7 +48,7 @@ def find_hint(model: str = "") -> str:
 
 def corpus_features(source: str | Path, hint: str, folder: Path, progress=lambda it: it) -> list[Features]:
     """Features of every row of ``source``/metadata.csv ("references": the bundled utterances)."""
-    source = checkpoints.BUNDLED / "references" if str(source) == "references" else Path(source)
+    source = _corpus_folder(source)
     index = source / "metadata.csv"
     if not index.is_file():
         raise InputError(f"{index} is missing: run notebook 10 first, or name a corpus folder")
@@ -56,6 +57,10 @@ def corpus_features(source: str | Path, hint: str, folder: Path, progress=lambda
     for row in progress(corpus.read_metadata(index)):
         found.append(featurise(_audio_file(source, row), row, states, folder))
     return found
+
+
+def _corpus_folder(source: str | Path) -> Path:
+    return checkpoints.BUNDLED / "references" if str(source) == "references" else Path(source)
 
 
 def _audio_file(source: Path, row: dict[str, str]) -> Path:
@@ -114,7 +119,7 @@ def write_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, s
     """Codec, target, draft, and a reference utterance of each voice from ``source``, as one voice folder."""
     import soundfile
 
-    source = checkpoints.BUNDLED / "references" if str(source) == "references" else Path(source)
+    source = _corpus_folder(source)
     rows = corpus.read_metadata(source / "metadata.csv")
     chosen = [
         next(r for r in rows if r["voice"] == v and int(r["samples"]) > 5 * SAMPLE_RATE) for v in VOICES
@@ -139,31 +144,43 @@ def voice_rows(
     voice, teacher, hint: str, said, folder: Path, whisper: str = "", progress=lambda it: it
 ) -> list[dict]:
     """Three rows an utterance: the teacher, its speech through the codec, the target alone; resumable."""
-    path, states = folder / "rows" / "voice.jsonl", Hint(hint)
+    states = Hint(hint)
+
+    @lru_cache(maxsize=1)
+    def spoken(one) -> np.ndarray:
+        pcm = corpus.teach(teacher, corpus.Line(one.text_id, one.voice, one.text))
+        return (pcm / 32767).astype(np.float32)
+
+    def render(one, system: str):
+        audio, stopped = _render(voice, system, spoken(one), states, one)
+        return audio, stopped, len(audio) / len(spoken(one))
+
+    systems = {name: {"system": name} for name in ("teacher", "codec", "autoregressive")}
+    return _measured(voice, systems, render, said, folder / "rows" / "voice.jsonl", whisper, progress)
+
+
+def _measured(
+    voice, systems: dict[str, dict], render, said, path: Path, whisper: str, progress
+) -> list[dict]:
+    """A row for each utterance and system, those in ``path`` not made again.
+
+    systems: name -> its settings, for the row's key; render(utterance, name) gives
+    audio at 24 kHz, whether it ended by itself, and its length ratio.
+    """
     with experiment.locked(path.with_suffix(".lock")):
         experiment.drop_half_line(path)
         rows = {row["key"]: row for row in experiment.read_rows(path)}
         keys = []
         for one in progress(said):
-            settings = {**vars(one), "weights": voice.weights_id, "whisper": whisper or "base"}
-            spoken: np.ndarray | None = None
-            for system in ("teacher", "codec", "autoregressive"):
-                keys.append(key := experiment.key(settings | {"system": system}))
+            for name, own in systems.items():
+                settings = {**vars(one), **own, "weights": voice.weights_id, "whisper": whisper or "base"}
+                keys.append(key := experiment.key(settings))
                 if key in rows:
                     continue
-                if spoken is None:
-                    spoken = corpus.teach(teacher, corpus.Line(one.text_id, one.voice, one.text)) / 32767
-                audio, stopped = _render(voice, system, spoken.astype(np.float32), states, one)
+                audio, stopped, ratio = render(one, name)
                 scores = metrics.measure(audio, SAMPLE_RATE, one.text, voice.reference(one.voice), whisper)
-                length = len(audio) / len(spoken)
-                rows[key] = {
-                    "key": key,
-                    **settings,
-                    "system": system,
-                    "stopped": stopped,
-                    "length_ratio": length,
-                    **scores,
-                }
+                about = {"system": name, "stopped": stopped, "length_ratio": ratio}
+                rows[key] = {"key": key, **settings, **about, **scores}
                 experiment.append_row(path, rows[key])
     return [rows[key] for key in keys]
 
@@ -215,35 +232,14 @@ def sampler_rows(
     voice, samplers: dict[str, Sampler], said, folder: Path, whisper: str = "", progress=lambda it: it
 ) -> list[dict]:
     """The target alone under each sampler: one row an utterance and sampler; resumable."""
-    path = folder / "rows" / "samplers.jsonl"
-    with experiment.locked(path.with_suffix(".lock")):
-        experiment.drop_half_line(path)
-        rows = {row["key"]: row for row in experiment.read_rows(path)}
-        keys = []
-        for one in progress(said):
-            phones = phone_ids(one.text, voice.language(one.voice))
-            for name, sampler in samplers.items():
-                settings = {
-                    **vars(one),
-                    **vars(sampler),
-                    "weights": voice.weights_id,
-                    "whisper": whisper or "base",
-                }
-                keys.append(key := experiment.key(settings))
-                if key in rows:
-                    continue
-                generator = torch.Generator(voice.device).manual_seed(one.seed)
-                result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=sampler)
-                audio = voice.codec.decode(torch.tensor(result.tokens), voice.names.index(one.voice))
-                scores = metrics.measure(audio, SAMPLE_RATE, one.text, voice.reference(one.voice), whisper)
-                ratio = len(result.tokens) / len(phones)
-                rows[key] = {
-                    "key": key,
-                    **settings,
-                    "system": name,
-                    "stopped": result.stopped,
-                    "length_ratio": ratio,
-                    **scores,
-                }
-                experiment.append_row(path, rows[key])
-    return [rows[key] for key in keys]
+
+    def render(one, name: str):
+        phones = phone_ids(one.text, voice.language(one.voice))
+        generator = torch.Generator(voice.device).manual_seed(one.seed)
+        sampler = samplers[name]
+        result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=sampler)
+        audio = voice.codec.decode(torch.tensor(result.tokens), voice.names.index(one.voice))
+        return audio, result.stopped, len(result.tokens) / len(phones)
+
+    settings = {name: vars(sampler) for name, sampler in samplers.items()}
+    return _measured(voice, settings, render, said, folder / "rows" / "samplers.jsonl", whisper, progress)

@@ -60,14 +60,15 @@ def fit(
     size: Callable[[object], int],
     schedule: Schedule,
     checkpoint: Path,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    dev: list | None = None,
     log: Callable[[str], None] = print,
 ) -> list[dict[str, float]]:
     """Train ``model`` with AdamW and a cosine; returns the log rows (also in the checkpoint).
 
     ``loss`` gives named terms, of which "total" is minimised. Batches hold
-    items of like ``size``. ``checkpoint`` is written every ``save_every``
-    steps, beside and renamed, and read if it is there.
+    items of like ``size``. Every ``save_every`` steps the terms over ``dev``
+    join the log and ``checkpoint`` is written, beside and renamed; it is read
+    if it is there.
     """
     optimizer = torch.optim.AdamW(
         groups, schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
@@ -101,10 +102,10 @@ def fit(
         if (step + 1) % 50 == 0 or last:
             row = {"step": step + 1, **{k: v / summed for k, v in sums.items()}}
             sums, summed = {}, 0
-            if evaluate and ((step + 1) % schedule.save_every == 0 or last):
+            if dev and ((step + 1) % schedule.save_every == 0 or last):
                 model.eval()
                 with torch.no_grad():
-                    row |= {f"dev_{k}": v for k, v in evaluate().items()}
+                    row |= {f"dev_{k}": v for k, v in mean_terms(loss, dev, schedule.batch).items()}
                 model.train()
             rows.append(row)
             pace = (time.perf_counter() - began) / (step + 1 - first)
@@ -320,7 +321,7 @@ def train_codec(
         lambda f: len(f.world),
         schedule,
         checkpoint,
-        lambda: mean_terms(trainer.loss, dev, schedule.batch),
+        dev,
         log,
     )
     return trainer, rows
@@ -561,7 +562,7 @@ def train_target(
         lambda u: len(u.codes[0]),
         schedule,
         checkpoint,
-        lambda: mean_terms(trainer.loss, dev, schedule.batch),
+        dev,
         log,
     )
     return trainer.folded(), rows
@@ -619,7 +620,7 @@ def train_draft(
         lambda u: len(u.codes[0]),
         schedule,
         checkpoint,
-        lambda: mean_terms(loss, dev, schedule.batch),
+        dev,
         log,
     )
     return draft, rows
