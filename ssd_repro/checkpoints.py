@@ -15,7 +15,7 @@ from .errors import InputError
 from .speech_lm import SpeechLM, make_draft, small_qwen2
 
 BUNDLED = Path(__file__).parent / "weights"
-FORMAT = 1
+FORMAT = 2
 PARTS = ("codec", "target", "draft")
 
 
@@ -30,6 +30,7 @@ def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, fa
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    bottom = sum(any(p.requires_grad for p in layer.parameters()) for layer in draft.model.layers)
     tensors = {
         "codec": codec.state_dict(),
         "target": target.state_dict(),
@@ -52,6 +53,7 @@ def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, fa
             "max_position_embeddings": config.max_position_embeddings,
         },
         "speech_vocab": target.speech_embedding.num_embeddings,
+        "draft": {"bottom": bottom, "top": len(draft.model.layers) - bottom},
         **facts,
         "sha256": {f"{part}.safetensors": sha256(folder / f"{part}.safetensors") for part in PARTS},
     }
@@ -69,7 +71,7 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
     target = SpeechLM(small_qwen2(**about["target"]), about["speech_vocab"])
     _fill(codec, states["codec"], folder / "codec.safetensors")
     _fill(target, states["target"], folder / "target.safetensors")
-    draft = make_draft(target)
+    draft = make_draft(target, **about["draft"])
     own = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
     shared = {k: v for k, v in draft.state_dict().items() if k not in own}
     _fill(draft, shared | states["draft"], folder / "draft.safetensors")
@@ -85,7 +87,7 @@ def _read_about(folder: Path) -> dict:
     try:
         about = json.loads(path.read_text("utf-8"))
         found = about["format"]
-        about["sha256"], about["codec"], about["target"], about["speech_vocab"]
+        about["sha256"], about["codec"], about["target"], about["speech_vocab"], about["draft"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} cannot be read as a voice description ({error}): restore it from the package"

@@ -75,6 +75,22 @@ def synthesise(features: np.ndarray) -> np.ndarray:
     return np.clip(audio, -1.0, 1.0).astype(np.float32)
 
 
+def long_term_spectrum(audios: list[np.ndarray]) -> np.ndarray:
+    """Mean power spectrum of several waveforms at 24 kHz: (FFT_SIZE // 2 + 1,)."""
+    power = np.zeros(FFT_SIZE // 2 + 1)
+    for audio in audios:
+        frames = np.lib.stride_tricks.sliding_window_view(audio, FFT_SIZE)[:: FFT_SIZE // 4]
+        power += (np.abs(np.fft.rfft(frames * np.hanning(FFT_SIZE), axis=1)) ** 2).sum(0)
+    return power / sum(len(audio) for audio in audios)
+
+
+def code_gain(gain: np.ndarray) -> Tensor:
+    """A power gain a frequency (FFT_SIZE // 2 + 1,) -> what it adds to a coded envelope (40,)."""
+    both = np.ascontiguousarray(np.stack([gain, np.ones_like(gain)]))
+    coded = _pyworld().code_spectral_envelope(both, SAMPLE_RATE, ENVELOPE)
+    return torch.from_numpy((coded[0] - coded[1]).astype(np.float32))
+
+
 @dataclass(frozen=True)
 class CodecConfig:
     """Sizes of the codec; ``hint`` is the width of the Whisper states (tiny.en: 384)."""
@@ -126,6 +142,9 @@ class Codec(nn.Module):
         self.config = c = config
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
+        # Per voice, for the decoded envelope: what training.calibrate finds.
+        self.register_buffer("scale", torch.ones(c.voices, ENVELOPE))
+        self.register_buffer("shift", torch.zeros(c.voices, ENVELOPE))
         per_half = FRAMES_PER_TOKEN // 2
         self.enter = nn.Linear(per_half * FEATURES + c.hint, c.encoder_width)
         self.encoder = stack(c.encoder_width, c.encoder_blocks)
@@ -182,13 +201,23 @@ class Codec(nn.Module):
         return x.reshape(x.shape[0], -1, FEATURES).float()
 
     @torch.no_grad()
+    def features(self, codes: Tensor, voice: int) -> Tensor:
+        """Code ids (N,) -> WORLD features (8·N, 45), the envelope with the voice's global variance.
+
+        A decoder trained by an absolute error speaks in averages, which sounds muffled; a fixed
+        gain a coefficient gives the envelope back its spread (Toda and Tokuda 2007, in the
+        affine form of Silén et al. 2012).
+        """
+        voices = torch.tensor([voice], device=codes.device)
+        made = self.decode_digits(self.to_digits(codes[None]), voices)[0] * self.std + self.mean
+        made[:, :ENVELOPE] = made[:, :ENVELOPE] * self.scale[voice] + self.shift[voice]
+        return made
+
     def decode(self, codes: Tensor, voice: int) -> np.ndarray:
         """Code ids (N,) -> float32 waveform at 24 kHz, 960 samples a code."""
         if len(codes) == 0:
             raise ValueError("no speech tokens to decode: expected at least one")
-        voices = torch.tensor([voice], device=codes.device)
-        normal = self.decode_digits(self.to_digits(codes[None]), voices)
-        return synthesise((normal * self.std + self.mean)[0].cpu().numpy())
+        return synthesise(self.features(codes, voice).cpu().numpy())
 
     def settings(self) -> dict:
         return asdict(self.config)

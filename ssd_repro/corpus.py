@@ -18,7 +18,7 @@ import numpy as np
 import platformdirs
 
 from .errors import InputError
-from .text import VOICES
+from .text import VOICES, language
 
 SAMPLE_RATE = 24_000
 FIELDS = ("id", "voice", "text", "samples", "sha256_int16_24k")
@@ -111,8 +111,7 @@ def load_teacher(model: Path, voices: Path):
 
 def teach(teacher, line: Line) -> np.ndarray:
     """Teacher speech for one line: int16 (samples,) at 24 kHz."""
-    lang = "en-us" if line.voice.startswith("a") else "en-gb"
-    audio, rate = teacher.create(line.text, voice=line.voice, speed=1.0, lang=lang)
+    audio, rate = teacher.create(line.text, voice=line.voice, speed=1.0, lang=language(line.voice))
     assert rate == SAMPLE_RATE, rate
     return to_int16(audio)
 

@@ -59,16 +59,16 @@ class Utterance:
     seed: int
 
 
-def evaluation_sentences() -> list[tuple[str, str]]:
-    """(id, text) of the held-out sentences, in their fixed random order."""
-    source = resources.files("ssd_repro") / "data" / "eval_sentences.tsv"
+def evaluation_sentences(part: str = "eval") -> list[tuple[str, str]]:
+    """(id, text) of the held-out sentences, in their fixed random order; part: eval, or dev for choices."""
+    source = resources.files("ssd_repro") / "data" / f"{part}_sentences.tsv"
     lines = (line for line in source.read_text("utf-8").splitlines() if not line.startswith("#"))
     return [(row["id"], row["text"]) for row in csv.DictReader(lines, delimiter="\t")]
 
 
-def utterances(count: int, voices: tuple[str, ...], seed: int = 0) -> list[Utterance]:
+def utterances(count: int, voices: tuple[str, ...], seed: int = 0, part: str = "eval") -> list[Utterance]:
     """The first ``count`` held-out sentences, dealt to the voices in turn; one seed for each."""
-    known = evaluation_sentences()
+    known = evaluation_sentences(part)
     if not 1 <= count <= len(known):
         raise InputError(f"sentences must be a whole number from 1 to {len(known)}, got {count}")
     return [

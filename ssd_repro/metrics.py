@@ -186,10 +186,14 @@ def _speaker_encoder():
 
 @lru_cache(maxsize=16)
 def _embedding(sound: bytes, rate: int) -> np.ndarray | None:
+    return speaker_embedding(np.frombuffer(sound, np.float32), rate)
+
+
+def speaker_embedding(audio: np.ndarray, rate: int) -> np.ndarray | None:
+    """GE2E embedding (256,) of length 1; None where there is no speech."""
     encoder = _speaker_encoder()
     from resemblyzer import preprocess_wav
 
-    audio = np.frombuffer(sound, np.float32)
     if not np.any(audio):
         return None
     voiced = preprocess_wav(audio, source_sr=rate)

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from functools import lru_cache
 from importlib import util
-from math import log2
+from math import isnan, log2
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,21 @@ from . import checkpoints, corpus, experiment, metrics
 from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
 from .errors import InputError
 from .sampling import Sampler
-from .speech_lm import SpeechLM
-from .text import VOICES, phone_ids
-from .training import Features, Hint, TargetTrainer, Utterance, featurise
+from .speech_lm import SpeechLM, draft_layers
+from .text import VOICES, language, phone_ids
+from .training import Features, Hint, TargetTrainer, Utterance, calibrate, featurise
 
 # Chosen once, by notebook 15's sweep, before any speculative result was looked at.
 SAMPLER = Sampler(ras_tau=0.3)
+# The draft's layers: a third of 12 and two of them trained, as the paper's 8 of 24. Notebooks 12 and 13 share it.
+DRAFT_LAYERS = (2, 2)
 # Speech tokens per text token: the training corpus lies within 1.3 .. 2.3.
 TOKEN_TEXT_RATIO = (1.2, 2.6)
+
+
+def draft_split(layers: int) -> tuple[int, int]:
+    """(bottom, top) layers of the bundled target's draft; the paper's proportions for other depths."""
+    return DRAFT_LAYERS if layers == 12 else draft_layers(layers)
 
 
 def work_folder(profile: str) -> Path:
@@ -90,19 +97,18 @@ def code_statistics(utterances: list[Utterance]) -> pd.DataFrame:
     return pd.DataFrame({"value": facts})
 
 
-def load_codec(checkpoint: Path) -> Codec:
-    """The codec in notebook 11's checkpoint."""
-    if not checkpoint.is_file():
-        raise InputError(f"{checkpoint} is missing: run notebook 11 first")
-    state = torch.load(checkpoint, weights_only=True)["model"]
+def load_codec(path: Path) -> Codec:
+    """The calibrated codec that notebook 11 wrote."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run notebook 11 first")
     codec = Codec()
-    codec.load_state_dict({k.removeprefix("codec."): v for k, v in state.items() if k.startswith("codec.")})
+    codec.load_state_dict(load_file(path))
     return codec.eval()
 
 
-def save_target(path: Path, target: SpeechLM) -> None:
+def save_weights(path: Path, module: Codec | SpeechLM) -> None:
     part = path.with_name(path.name + ".part")
-    save_file({k: v.contiguous() for k, v in target.state_dict().items()}, part)
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
     part.replace(path)
 
 
@@ -115,15 +121,58 @@ def load_target(path: Path, hidden: int, layers: int) -> SpeechLM:
     return plain
 
 
-def write_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, source: str | Path) -> None:
-    """Codec, target, draft, and a reference utterance of each voice from ``source``, as one voice folder."""
+def calibrate_codec(codec: Codec, items: list[Features], source: str | Path, each: int = 40) -> None:
+    """training.calibrate with the first ``each`` utterances of every voice in ``items``."""
+    source = _corpus_folder(source)
+    rows = {row["id"]: row for row in corpus.read_metadata(source / "metadata.csv")}
+    chosen = [f for v in VOICES for f in [f for f in items if f.voice == v][:each]]
+    calibrate(codec, [(f, _read(_audio_file(source, rows[f.id]))) for f in chosen])
+
+
+def _read(path: Path) -> np.ndarray:
+    import soundfile
+
+    audio, rate = soundfile.read(path, dtype="float32")
+    assert rate == SAMPLE_RATE, rate
+    return audio
+
+
+def typical(source: Path, rows: list[dict[str, str]], most: int = 40) -> dict[str, str]:
+    """Of the first ``most`` of ``rows``, the one whose GE2E embedding lies next to their mean."""
+    rows = rows[:most]
+    embeddings = [metrics.speaker_embedding(_read(_audio_file(source, row)), SAMPLE_RATE) for row in rows]
+    return rows[int(np.argmax(np.stack(embeddings) @ np.mean(embeddings, 0)))]
+
+
+def choose_examples(
+    source: Path, utterances: list[Utterance]
+) -> tuple[list[dict[str, str]], dict[str, Utterance]]:
+    """A reference (a typical utterance of 5 s or more) and a prompt (another, of 2 to 4 s) for each voice."""
+    rows = corpus.read_metadata(source / "metadata.csv")
+    tokens = {u.id: u for u in utterances}
+    references, shown = [], {}
+    for voice in VOICES:
+        mine = [row for row in rows if row["voice"] == voice]
+        references.append(typical(source, [r for r in mine if int(r["samples"]) > 5 * SAMPLE_RATE]))
+        short = [r for r in mine if r["id"] in tokens and 2 <= int(r["samples"]) / SAMPLE_RATE <= 4]
+        if short:
+            shown[voice] = tokens[typical(source, short)["id"]]
+    return references, shown
+
+
+def write_voice(
+    folder: Path,
+    codec: Codec,
+    target: SpeechLM,
+    draft: SpeechLM,
+    source: str | Path,
+    utterances: list[Utterance],
+) -> None:
+    """Codec, target, draft, and a reference and a zero-shot prompt of each voice, as one voice folder."""
     import soundfile
 
     source = _corpus_folder(source)
-    rows = corpus.read_metadata(source / "metadata.csv")
-    chosen = [
-        next(r for r in rows if r["voice"] == v and int(r["samples"]) > 5 * SAMPLE_RATE) for v in VOICES
-    ]
+    chosen, shown = choose_examples(source, utterances)
     audio = {row["id"]: soundfile.read(_audio_file(source, row)) for row in chosen}
     references = folder / "references"
     shutil.rmtree(references, ignore_errors=True)
@@ -134,6 +183,7 @@ def write_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, s
     facts = {
         "voices": list(VOICES),
         "references": {row["voice"]: f"{row['id']}.flac" for row in chosen},
+        "prompts": {v: {"id": u.id, "phones": u.phones, "codes": u.codes[0]} for v, u in shown.items()},
         "sampler": vars(SAMPLER),
         "token_text_ratio": list(TOKEN_TEXT_RATIO),
     }
@@ -179,10 +229,22 @@ def _measured(
                     continue
                 audio, stopped, ratio = render(one, name)
                 scores = metrics.measure(audio, SAMPLE_RATE, one.text, voice.reference(one.voice), whisper)
-                about = {"system": name, "stopped": stopped, "length_ratio": ratio}
+                nearest = max(voice.names, key=lambda v: _similarity(audio, voice.reference(v)))
+                about = {
+                    "system": name,
+                    "stopped": stopped,
+                    "length_ratio": ratio,
+                    "own_voice": nearest == one.voice,
+                }
                 rows[key] = {"key": key, **settings, **about, **scores}
                 experiment.append_row(path, rows[key])
     return [rows[key] for key in keys]
+
+
+def _similarity(audio: np.ndarray, reference: np.ndarray) -> float:
+    """GE2E cosine; -1 where there is no speech."""
+    found = metrics.speaker_similarity(audio, reference, SAMPLE_RATE)
+    return -1.0 if isnan(found) else found
 
 
 def _render(voice, system: str, spoken: np.ndarray, states: Hint, one) -> tuple[np.ndarray, bool]:
@@ -208,6 +270,7 @@ def voice_table(rows: pd.DataFrame) -> pd.DataFrame:
             "P808": group.p808.mean(),
             "OVRL": group.ovrl.mean(),
             "SS": group.similarity.mean(),
+            "own voice nearest": group.own_voice.mean(),
             "length / teacher": group.length_ratio.median(),
             "within 25 %": (abs(group.length_ratio - 1) <= 0.25).mean(),
             "ended by itself": group.stopped.mean(),
@@ -234,7 +297,7 @@ def sampler_rows(
     """The target alone under each sampler: one row an utterance and sampler; resumable."""
 
     def render(one, name: str):
-        phones = phone_ids(one.text, voice.language(one.voice))
+        phones = phone_ids(one.text, language(one.voice))
         generator = torch.Generator(voice.device).manual_seed(one.seed)
         sampler = samplers[name]
         result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=sampler)

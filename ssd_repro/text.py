@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 
 from .errors import InputError
@@ -112,6 +113,17 @@ def plain_phones(ids: list[int]) -> list[int]:
     return [SYMBOL_ID[s] for s in bare if s not in PUNCTUATION]
 
 
-def prompt(phones: list[int], voice: str) -> list[int]:
-    """Text ids in CosyVoice's layout: [start][voice][phones...][task]; speech tokens follow."""
+def prompt(phones: list[int], voice: str | None, prompt_phones: Sequence[int] = ()) -> list[int]:
+    """Text ids in CosyVoice's layout; speech tokens follow.
+
+    With a voice: [start][voice][phones...][task]. Zero-shot, as CosyVoice's: [start][prompt
+    phones...][space][phones...][task], then the prompt's speech tokens, and no voice token.
+    """
+    if prompt_phones:
+        return [START, *prompt_phones, SYMBOL_ID[" "], *phones, TASK]
     return [START, len(SYMBOLS) + VOICES.index(voice), *phones, TASK]
+
+
+def language(voice: str) -> str:
+    """espeak-ng's language for a voice: Kokoro's names begin with a (American) or b (British)."""
+    return "en-us" if voice.startswith("a") else "en-gb"

@@ -31,10 +31,12 @@ from .codec import (
     Codec,
     CodecConfig,
     analyse,
+    code_gain,
+    long_term_spectrum,
     stack,
 )
-from .speech_lm import SpeechLM, make_draft, small_qwen2
-from .text import SYMBOLS, TEXT_VOCABULARY, VOICES, phone_ids, plain_phones, prompt
+from .speech_lm import SpeechLM, draft_layers, make_draft, small_qwen2
+from .text import SYMBOLS, TEXT_VOCABULARY, VOICES, language, phone_ids, plain_phones, prompt
 
 STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
 
@@ -81,8 +83,7 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         first, rows = saved["step"], json.loads(saved["rows"])
     model.train()
-    sums: dict[str, float] = {}
-    summed = 0
+    sums: dict[str, list[float]] = {}
     began = time.perf_counter()
     for step in range(first, schedule.steps):
         rate = schedule.learning_rate * min(1, (step + 1) / schedule.warmup)
@@ -95,13 +96,12 @@ def fit(
         terms["total"].backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
         optimizer.step()
-        summed += 1
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        for name, value in terms.items():  # a step may lack some
+            sums.setdefault(name, []).append(float(value.detach()))
         last = step + 1 == schedule.steps
         if (step + 1) % 50 == 0 or last:
-            row = {"step": step + 1, **{k: v / summed for k, v in sums.items()}}
-            sums, summed = {}, 0
+            row = {"step": step + 1, **{k: sum(v) / len(v) for k, v in sums.items()}}
+            sums = {}
             if dev and ((step + 1) % schedule.save_every == 0 or last):
                 model.eval()
                 with torch.no_grad():
@@ -179,8 +179,9 @@ def featurise(audio: Path, row: dict[str, str], hint: Hint, folder: Path) -> Fea
         part.replace(kept)
     with np.load(kept) as stored:
         world, states = (torch.from_numpy(stored[k].astype(np.float32)) for k in ("world", "hint"))
-    language = "en-us" if row["voice"].startswith("a") else "en-gb"
-    return Features(row["id"], row["voice"], world, states.half(), phone_ids(row["text"], language))
+    return Features(
+        row["id"], row["voice"], world, states.half(), phone_ids(row["text"], language(row["voice"]))
+    )
 
 
 class PhoneHead(nn.Module):
@@ -327,6 +328,38 @@ def train_codec(
     return trainer, rows
 
 
+@torch.no_grad()
+def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]], strength: float = 1.0) -> None:
+    """Set the codec's ``scale`` and ``shift`` of every voice from teacher speech (features, audio at 24 kHz).
+
+    scale: the spread of each envelope coefficient within an utterance, the teacher's over the
+    decoder's, to the power ``strength``. shift: the teacher's mean, and then what is left between
+    the long-term spectra of the teacher's and the synthesised audio (WORLD has a bias of its own).
+    """
+    codec.scale.fill_(1.0)
+    codec.shift.fill_(0.0)
+    for place, voice in enumerate(VOICES):
+        mine = [(f, audio) for f, audio in items if f.voice == voice]
+        if not mine:
+            continue
+        codes = [codec.encode(f.world[None], f.hint[None].float())[0] for f, _ in mine]
+
+        def moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+            envelopes = [x[:, :ENVELOPE] for x in features]
+            return (
+                torch.stack([e.mean(0) for e in envelopes]).mean(0),
+                torch.stack([e.std(0) for e in envelopes]).mean(0),
+            )
+
+        mean, spread = moments([f.world for f, _ in mine])
+        made_mean, made_spread = moments([codec.features(c, place) for c in codes])
+        codec.scale[place] = (spread / made_spread) ** strength
+        codec.shift[place] = mean - codec.scale[place] * made_mean
+        wanted = long_term_spectrum([audio for _, audio in mine])
+        found = long_term_spectrum([codec.decode(c, place) for c in codes])
+        codec.shift[place] += code_gain(wanted / found)
+
+
 # ---------------------------------------------------------------- speech tokens
 
 
@@ -421,11 +454,14 @@ class Factored(nn.Module):
 
 
 class TargetTrainer(nn.Module):
-    """A SpeechLM in training: factored embedding and head, and two auxiliary phone heads.
+    """A SpeechLM in training: factored embedding and head, auxiliary phone heads, and steps of the draft's depth.
 
-    The phone heads predict, from a third and two thirds of the depth, the phone
-    that the next speech token belongs to and the one after it: attention finds
-    the alignment in hundreds of steps instead of many thousands.
+    The phone heads predict, above the draft's bottom layers and from a third and two thirds of
+    the depth, the phone that the next speech token belongs to and the one after it: attention
+    finds the alignment in hundreds of steps instead of many thousands. With probability
+    ``draft_rate`` a step runs the draft's layers alone (``split``: bottom, top), so that the top
+    layers learn to do without the middle, as LayerSkip's do (Elhoushi et al. 2024).
+    ``short``: utterances of each voice that others follow, the prompts of zero-shot speech.
     """
 
     def __init__(
@@ -438,6 +474,9 @@ class TargetTrainer(nn.Module):
         kv_heads: int = 2,
         dropout: float = 0.1,
         flip: float = 0.02,
+        split: tuple[int, int] | None = None,
+        draft_rate: float = 0.25,
+        short: dict[str, list[Utterance]] | None = None,
     ):
         super().__init__()
         self.codec, self.flip = [codec], flip  # in a list: not a part of this module
@@ -447,8 +486,13 @@ class TargetTrainer(nn.Module):
         self.embedding = Factored(codec, hidden, 0.3)
         self.head = Factored(codec, hidden, 0.05)
         self.bias = nn.Parameter(torch.zeros(len(self.head.basis)))
-        self.watched = (layers // 3, 2 * layers // 3)
-        self.phone_heads = nn.ModuleList(nn.Linear(hidden, 2 * len(SYMBOLS)) for _ in self.watched)
+        bottom, top = split or draft_layers(layers)
+        self.draft_path = [*range(bottom), *range(layers - top, layers)]
+        self.draft_rate, self.short = draft_rate, short or {}
+        self.watched = sorted({bottom, layers // 3, 2 * layers // 3})
+        self.phone_heads = nn.ModuleDict(
+            {str(place): nn.Linear(hidden, 2 * len(SYMBOLS)) for place in self.watched}
+        )
         self._seen: dict[int, Tensor] = {}
         for place in self.watched:
             self.model.layers[place - 1].register_forward_hook(self._watch(place))
@@ -473,21 +517,56 @@ class TargetTrainer(nn.Module):
         return lm.eval()
 
     def loss(self, batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
-        """Cross-entropy of the speech tokens and the stop token, with the phone heads' beside it."""
-        rows = layout(batch, rng, self.codec[0], self.flip if self.training else 0.0)
-        with torch.autocast("cpu", torch.bfloat16):
-            embedded = embed(rows, self.model.embed_tokens.weight, self.embedding.weight())
-            hidden = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            logits = F.linear(hidden[rows.spoken], self.head.weight(), self.bias).float()
-            phones = [
-                head(self._seen[p][rows.spoken]).float() for p, head in zip(self.watched, self.phone_heads)
-            ]
-        speech = F.cross_entropy(logits, rows.labels)
+        """Cross-entropy of the speech tokens and the stop token, with the phone heads' beside it.
+
+        "speech" is the whole target's, "draft" that of the draft's layers; a training step has one
+        of them. ``overlap``, on held-out speech: mean of sum min(p, q) of the two softmaxes.
+        """
+        rows = layout(
+            batch, rng, self.codec[0], self.flip if self.training else 0.0, followed(batch, rng, self.short)
+        )
+        every = range(len(self.model.layers))
+        if not self.training:
+            (speech, phone, q), (draft, _, p) = self._pass(rows, every), self._pass(rows, self.draft_path)
+            overlap = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()
+            return {"total": speech + 0.5 * phone, "speech": speech, "phone": phone, "draft": draft, "overlap": overlap}  # fmt: skip
+        brief = rng.random() < self.draft_rate
+        speech, phone, _ = self._pass(rows, self.draft_path if brief else every)
+        return {
+            "total": speech + 0.5 * phone,
+            "draft" if brief else "speech": speech,
+            "draft_phone" if brief else "phone": phone,
+        }
+
+    def _pass(self, rows: Rows, chosen: Iterable[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the ``chosen`` layers -> cross-entropy, mean of the phone heads' that saw something, logits."""
+        layers, self._seen = self.model.layers, {}
+        try:
+            self.model.layers = nn.ModuleList([layers[place] for place in chosen])
+            with torch.autocast("cpu", torch.bfloat16):
+                embedded = embed(rows, self.model.embed_tokens.weight, self.embedding.weight())
+                hidden = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+                logits = F.linear(hidden[rows.spoken], self.head.weight(), self.bias).float()
+                phones = [
+                    self.phone_heads[str(place)](seen[rows.spoken]).float()
+                    for place, seen in self._seen.items()
+                ]
+        finally:
+            self.model.layers = layers
+        wanted = rows.phones.reshape(-1)
         phone = sum(
-            F.cross_entropy(p.reshape(-1, len(SYMBOLS)), rows.phones.reshape(-1), ignore_index=-1)
-            for p in phones
+            F.cross_entropy(p.reshape(-1, len(SYMBOLS)), wanted, ignore_index=-1) for p in phones
         ) / len(phones)
-        return {"total": speech + 0.5 * phone, "speech": speech, "phone": phone}
+        return F.cross_entropy(logits, rows.labels), phone, logits
+
+
+def followed(
+    batch: list[Utterance], rng: random.Random, short: dict[str, list[Utterance]]
+) -> list[Utterance | None]:
+    """For every second utterance, by chance, a short one of its voice to stand in front; None: nothing."""
+    return [
+        rng.choice(short[u.voice]) if short.get(u.voice) and rng.random() < 0.5 else None for u in batch
+    ]
 
 
 def _channel_dropout(rate: float):
@@ -509,21 +588,38 @@ class Rows:
     phones: Tensor  # (number of such positions, 2): phone of the next token and the one after
 
 
-def layout(batch: list[Utterance], rng: random.Random, codec: Codec, flip: float) -> Rows:
-    """[start][voice][phones][task][speech tokens...] with its labels, padded on the right."""
+def layout(
+    batch: list[Utterance],
+    rng: random.Random,
+    codec: Codec,
+    flip: float,
+    before: list[Utterance | None] | None = None,
+) -> Rows:
+    """A padded batch with its labels, in one of the two layouts of text.prompt.
+
+    Alone: [start][voice][phones...][task][speech tokens...]. With an utterance of the same voice
+    ``before`` it: [start][its phones][phones][task][its speech][speech], and no voice token.
+    """
     stop = codec.config.codebook_size
-    chosen = [rng.randrange(len(u.codes)) for u in batch]
-    heads = [prompt(u.phones, u.voice) for u in batch]
-    length = max(len(h) + len(u.codes[k]) for h, u, k in zip(heads, batch, chosen))
+    parts = [
+        [(v, v.codes[k], v.aligned[k]) for v in (w, u) if v for k in [rng.randrange(len(v.codes))]]
+        for w, u in zip(before or [None] * len(batch), batch)
+    ]
+    heads = [
+        prompt(u.phones, None if w else u.voice, w.phones if w else ())
+        for w, u in zip(before or [None] * len(batch), batch)
+    ]
+    spoken = [[c for _, codes, _ in part for c in codes] for part in parts]
+    length = max(len(h) + len(c) for h, c in zip(heads, spoken))
     text = torch.full((len(batch), length), -1)
     speech, labels = text.clone(), text.clone()
     phones = torch.full((len(batch), length, 2), -1)
-    for i, (head, u, k) in enumerate(zip(heads, batch, chosen)):
-        codes, t = torch.tensor(u.codes[k]), len(head)
+    for i, (head, said, part) in enumerate(zip(heads, spoken, parts)):
+        codes, t = torch.tensor(said), len(head)
         text[i, :t] = torch.tensor(head)
         speech[i, t : t + len(codes)] = codes
         labels[i, t - 1 : t + len(codes)] = torch.cat([codes, torch.tensor([stop])])
-        phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor(u.aligned[k])
+        phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor([a for _, _, aligned in part for a in aligned])
     if flip:
         digits = codec.to_digits(speech.clamp(min=0))
         wrong = torch.rand(digits.shape) < flip
@@ -546,11 +642,14 @@ def train_target(
     schedule: Schedule,
     checkpoint: Path,
     log=print,
-    **sizes,
+    begin: Path | None = None,
+    **settings,
 ) -> tuple[SpeechLM, list[dict]]:
-    """Train the target from nothing -> (SpeechLM, log rows)."""
+    """Train the target -> (SpeechLM, log rows); ``begin``: another run's checkpoint, for its weights alone."""
     torch.manual_seed(schedule.seed)
-    trainer = TargetTrainer(codec, **sizes)
+    trainer = TargetTrainer(codec, **settings)
+    if begin and not checkpoint.exists():
+        trainer.load_state_dict(torch.load(begin, weights_only=True)["model"])
     own = [trainer.embedding.own, trainer.head.own]
     rest = [p for p in trainer.parameters() if all(p is not q for q in own)]
     groups = [{"params": rest}, {"params": own, "scale": 0.3}]
@@ -566,6 +665,15 @@ def train_target(
         log,
     )
     return trainer.folded(), rows
+
+
+def prompts(utterances: Iterable[Utterance], longest: int = 4 * TOKEN_RATE) -> dict[str, list[Utterance]]:
+    """The utterances of each voice that are short enough to be a zero-shot prompt."""
+    found: dict[str, list[Utterance]] = {}
+    for u in utterances:
+        if len(u.codes[0]) <= longest:
+            found.setdefault(u.voice, []).append(u)
+    return found
 
 
 def mean_terms(loss: Callable, items: list, batch: int) -> dict[str, float]:
@@ -586,6 +694,8 @@ def train_draft(
     schedule: Schedule,
     checkpoint: Path,
     log=print,
+    split: tuple[int, int] | None = None,
+    short: dict[str, list[Utterance]] | None = None,
 ) -> tuple[SpeechLM, list[dict]]:
     """The paper's draft (Eq. 7): bottom layers and head trained by cross-entropy, the rest frozen.
 
@@ -593,7 +703,8 @@ def train_draft(
     the acceptance rate of plain speculative sampling on real speech.
     """
     torch.manual_seed(schedule.seed)
-    draft = make_draft(target)
+    bottom, top = split or (None, None)
+    draft = make_draft(target, bottom=bottom, top=top)
 
     def logits_of(lm: SpeechLM, rows: Rows) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -602,7 +713,7 @@ def train_draft(
             return lm.head(hidden[rows.spoken]).float()
 
     def loss(batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
-        rows = layout(batch, rng, codec, 0.0)
+        rows = layout(batch, rng, codec, 0.0, followed(batch, rng, short or {}))
         logits = logits_of(draft, rows)
         terms = {"total": F.cross_entropy(logits, rows.labels)}
         if not draft.training:

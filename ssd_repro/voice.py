@@ -24,7 +24,7 @@ from .decoding import DecodeConfig, DecodeResult, autoregressive, speculative
 from .errors import InputError
 from .sampling import Sampler, check_number
 from .speech_lm import SpeechLM
-from .text import check_text, phone_ids, prompt, sentences
+from .text import check_text, language, phone_ids, prompt, sentences
 
 METHODS = ("autoregressive", "draft", "speculative")
 PAUSE_SECONDS = 0.2  # between the pieces of a long text
@@ -180,12 +180,14 @@ class Voice:
         return DecodeConfig(**(settings | other))
 
     def prefix(self, phones: list[int], voice: str) -> Tensor:
-        """Prompt embeddings (1, T, hidden): [start][voice][phones...][task]."""
-        ids = torch.tensor([prompt(phones, voice)], device=self.device)
-        return self.target.model.embed_tokens(ids)
+        """Prompt embeddings (1, T, hidden), zero-shot: the voice's prompt text, this text, the prompt's speech.
 
-    def language(self, voice: str) -> str:
-        return "en-us" if voice.startswith("a") else "en-gb"
+        A voice folder without prompts has a token for each voice instead (text.prompt).
+        """
+        shown = self.about.get("prompts", {}).get(voice, {"phones": [], "codes": []})
+        ids = torch.tensor([prompt(phones, voice, shown["phones"])], device=self.device)
+        codes = torch.tensor([shown["codes"]], dtype=torch.long, device=self.device)
+        return torch.cat([self.target.model.embed_tokens(ids), self.target.speech_embedding(codes)], 1)
 
     def speak(
         self,
@@ -204,7 +206,7 @@ class Voice:
         text = self.check(text, method, voice, tolerance, draft_length, seed)
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
-        pieces = [phone_ids(piece, self.language(voice)) for piece in sentences(text)]
+        pieces = [phone_ids(piece, language(voice)) for piece in sentences(text)]
         seconds = {"text": time.perf_counter() - began}
         results, audio = [], []
         spent = 0.0

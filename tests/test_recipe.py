@@ -49,7 +49,7 @@ def test_voice_table_counts_errors_over_words_not_over_utterances():
 
     rows = pd.DataFrame({
         "system": ["teacher", "teacher"], "word_errors": [1, 0], "words": [2, 8], "p808": [3.0, 4.0], "ovrl": [3.0, 3.0],
-        "similarity": [0.9, 0.9], "length_ratio": [1.0, 1.4], "stopped": [True, False],
+        "similarity": [0.9, 0.9], "own_voice": [True, True], "length_ratio": [1.0, 1.4], "stopped": [True, False],
     })  # fmt: skip
     line = recipe.voice_table(rows).iloc[0]
     assert (

@@ -1,11 +1,13 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from ssd_repro import training
-from ssd_repro.codec import FEATURES, Codec, CodecConfig
-from ssd_repro.text import SYMBOLS, TASK, VOICES
+from ssd_repro.codec import FEATURES, Codec, CodecConfig, analyse, long_term_spectrum
+from ssd_repro.speech_lm import make_draft
+from ssd_repro.text import START, SYMBOL_ID, SYMBOLS, TASK, VOICES
 from ssd_repro.training import Schedule, Utterance
 
 SMALL = CodecConfig(encoder_width=16, decoder_width=16, encoder_blocks=1, decoder_blocks=1, hint=8)
@@ -115,6 +117,64 @@ def test_layout_is_prompt_then_tokens_then_stop():
     assert rows.speech[0, head:].tolist() == one[0].codes[0]
     assert rows.labels.tolist() == [*one[0].codes[0], 6561]
     assert rows.spoken[0].nonzero()[0] == head - 1
+
+
+def test_a_prompt_stands_in_front_with_its_phones_and_its_speech():
+    prompt, one = utterances(2)
+    rows = training.layout([one], random.Random(0), Codec(SMALL), 0.0, [prompt])
+    head = len(prompt.phones) + 1 + len(one.phones) + 2  # start, space, task
+    assert rows.text[0, :head].tolist() == [START, *prompt.phones, SYMBOL_ID[" "], *one.phones, TASK]
+    assert rows.speech[0, head:].tolist() == prompt.codes[0] + one.codes[0]
+    assert rows.labels.tolist() == [*prompt.codes[0], *one.codes[0], 6561]
+    assert rows.phones[len(prompt.codes[0]), 0] == one.phones[0]  # alignments one behind the other too
+
+
+def test_about_half_the_utterances_follow_a_short_one_of_their_voice():
+    items = utterances(60)
+    before = training.followed(items, random.Random(0), training.prompts(items))
+    assert 15 < sum(w is not None for w in before) < 45  # P < 1e-4 for a fair coin
+    assert all(w is None or w.voice == u.voice for u, w in zip(items, before))
+    assert training.followed(items, random.Random(0), {}) == [None] * 60
+    assert training.prompts(items, longest=5) == {}
+
+
+def test_a_short_step_runs_the_drafts_layers_and_leaves_the_others_alone():
+    torch.manual_seed(0)
+    trainer = training.TargetTrainer(Codec(SMALL), draft_rate=1.0, split=(1, 1), **SIZES)
+    terms = trainer.train().loss(utterances(4), random.Random(0))
+    assert set(terms) == {"total", "draft", "draft_phone"}
+    terms["total"].backward()
+    moved = [layer.mlp.up_proj.weight.grad is not None for layer in trainer.model.layers]
+    assert moved == [True, False, False, True]
+    assert len(trainer.model.layers) == 4  # put back
+    plain = trainer.eval().folded()
+    draft = make_draft(plain, bottom=1, top=1)
+    rows = training.layout(utterances(4), random.Random(0), Codec(SMALL), 0.0)
+    embedded = training.embed(rows, plain.model.embed_tokens.weight, plain.speech_embedding.weight)
+    wanted = torch.nn.functional.cross_entropy(draft(embedded)[rows.spoken], rows.labels)
+    found = trainer.loss(utterances(4), random.Random(0))
+    assert float(found["draft"]) == pytest.approx(float(wanted), rel=0.02)  # bf16
+    assert 0 < float(found["overlap"]) <= 1 and float(found["speech"]) != float(found["draft"])
+
+
+def test_calibration_gives_the_decoded_envelope_the_teachers_mean_and_spread(tmp_path):
+    torch.manual_seed(0)
+    codec = Codec(SMALL).eval()
+    rng = np.random.default_rng(0)
+    items = []
+    for k in range(3):
+        audio = (0.1 * rng.standard_normal(24_000)).astype(np.float32)
+        world = torch.from_numpy(analyse(audio)[:200])
+        items.append((training.Features(str(k), VOICES[0], world, torch.zeros(50, 8).half(), []), audio))
+    training.calibrate(codec, items)
+    codes = [codec.encode(f.world[None], f.hint[None].float())[0] for f, _ in items]
+    made = torch.stack([codec.features(c, 0)[:, :40].std(0) for c in codes]).mean(0)
+    wanted = torch.stack([f.world[:, :40].std(0) for f, _ in items]).mean(0)
+    assert torch.allclose(made, wanted, rtol=1e-3)
+    found = long_term_spectrum([codec.decode(c, 0) for c in codes])
+    ratio = 10 * np.log10(long_term_spectrum([a for _, a in items]) / found)[20:460]
+    assert abs(np.convolve(ratio, np.ones(40) / 40, "valid")).max() < 1.5  # dB, in any 0.9 kHz
+    assert torch.equal(codec.scale[1], torch.ones(40))  # of a voice without speech nothing is known
 
 
 def test_draft_training_moves_only_the_bottom_and_the_head(tmp_path):

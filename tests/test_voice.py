@@ -25,7 +25,7 @@ def voice():
 def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice, draft_length):
     greedy = Sampler(temperature=0.0)
     for name in voice.names:
-        phones = text.phone_ids(TEXT, voice.language(name))
+        phones = text.phone_ids(TEXT, text.language(name))
         made = [
             voice.decode(
                 phones, method, name, 0.0, draft_length, torch.Generator().manual_seed(0), sampler=greedy
