@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from importlib import util
 from math import isnan, log2
@@ -21,7 +22,16 @@ from .errors import InputError
 from .sampling import Sampler
 from .speech_lm import SpeechLM, draft_layers
 from .text import VOICES, language, phone_ids
-from .training import Features, Hint, TargetTrainer, Utterance, calibrate, featurise
+from .training import (
+    Features,
+    Hint,
+    Schedule,
+    TargetTrainer,
+    Utterance,
+    calibrate,
+    featurise,
+    train_codec,
+)
 
 # Chosen once, by notebook 15's sweep, before any speculative result was looked at.
 SAMPLER = Sampler(ras_tau=0.3)
@@ -95,6 +105,56 @@ def code_statistics(utterances: list[Utterance]) -> pd.DataFrame:
         "most": round(ratios[-1], 2),
     }
     return pd.DataFrame({"value": facts})
+
+
+# What the codec learns from, step by step: (weight of the CTC loss, whether it sees Whisper's states).
+ABLATION = {"reconstruction": (0.0, False), "+ CTC on phones": (0.25, False), "+ Whisper states": (0.25, True)}
+
+
+def codec_ablation(
+    train: list[Features],
+    dev: list[Features],
+    source: str | Path,
+    schedule: Schedule,
+    work: Path,
+    whisper: str = "",
+    log=print,
+) -> pd.DataFrame:
+    """The codec under each of ``ABLATION``, all for the same steps: re-synthesis of ``dev``, measured.
+
+    First line: the teacher's own audio. SS: GE2E cosine to that audio. The phone errors are of the
+    CTC head, where it was trained.
+    """
+    source, lines = _corpus_folder(source), {}
+    rows = {row["id"]: row for row in corpus.read_metadata(source / "metadata.csv")}
+    audio = {f.id: _read(_audio_file(source, rows[f.id])) for f in dev}
+    work.mkdir(parents=True, exist_ok=True)
+
+    def line(made: dict[str, np.ndarray]) -> dict[str, float]:
+        found = pd.DataFrame(
+            metrics.measure(sound, SAMPLE_RATE, rows[i]["text"], audio[i], whisper)
+            for i, sound in made.items()
+        )
+        wer = 100 * found.word_errors.sum() / found.words.sum()
+        return {"WER %": wer, "P808": found.p808.mean(), "SS": found.similarity.mean()}
+
+    lines["teacher"] = line(audio)
+    for number, (name, (weight, hinted)) in enumerate(ABLATION.items()):
+        seen, heard = (
+            [f if hinted else replace(f, hint=torch.zeros_like(f.hint)) for f in part]
+            for part in (train, dev)
+        )
+        trainer, losses = train_codec(
+            seen, heard, schedule, work / f"ablation_{number}.ckpt", log, phone_weight=weight
+        )
+        calibrate_codec(trainer.codec, seen, source, each=10)
+        codes = {f.id: trainer.codec.encode(f.world[None], f.hint[None].float())[0] for f in heard}
+        made = {f.id: trainer.codec.decode(codes[f.id], VOICES.index(f.voice)) for f in heard}
+        lines[name] = line(made) | {
+            "phone errors %": 100 * losses[-1]["dev_phone_error_rate"] if weight else float("nan"),
+            "codes used": torch.cat(list(codes.values())).unique().numel(),
+        }
+    return pd.DataFrame(lines).T.round(2)
 
 
 def load_codec(path: Path) -> Codec:
@@ -282,11 +342,12 @@ def voice_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 # The candidates of the sampler sweep: CosyVoice's own first.
 SAMPLERS = {
-    "RAS .8/25": Sampler(),
-    "top-p .8, top-k 25": Sampler(ras=False),
-    "top-p .6, top-k 25": Sampler(ras=False, top_p=0.6),
-    "RAS .6/25": Sampler(top_p=0.6),
+    "RAS .8/25, tau .1": Sampler(),
     "RAS .8/25, tau .3": Sampler(ras_tau=0.3),
+    "RAS .6/25, tau .3": Sampler(ras_tau=0.3, top_p=0.6),
+    "RAS .8/25, tau .3, temperature .8": Sampler(ras_tau=0.3, temperature=0.8),
+    "RAS .8/25, tau .3, temperature .6": Sampler(ras_tau=0.3, temperature=0.6),
+    "top-p .8, top-k 25": Sampler(ras=False),
     "greedy": Sampler(temperature=0.0, ras=False),
 }
 
