@@ -89,7 +89,8 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
     for said in utterances:  # before any work
         for system in systems:
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
-    context = {**where(voice.device), **voice.engine, "weights": voice.weights_id, "code": code_revision(),
+    context = {**where(voice.device), "precision": voice.precision, "compile": voice.compile,
+               "weights": voice.weights_id, "code": code_revision(),
                "repeats": repeats, "whisper": whisper or "base"}  # fmt: skip
     grid = [[(system, row_settings(system, said, context)) for system in systems] for said in utterances]
     keys = [key(settings) for cells in grid for _, settings in cells]

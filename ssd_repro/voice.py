@@ -138,7 +138,7 @@ def _umask() -> int:
 class Voice:
     """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
 
-    engine = {"precision": "fp32", "compile": False}  # how the models run: timings depend on it
+    precision, compile = "fp32", False  # how the models run: a row's settings, as timings depend on it
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Voice:
             target.to(self.device).cast(precision),
             draft.to(self.device).cast(precision),
         )
-        self.engine = {"precision": precision, "compile": compile}
+        self.precision, self.compile = precision, compile
         # What decodes: the models as they are, or in static caches, compiled.
         self.models = tuple(
             StaticLM(lm, max_length, compile=True) if compile else lm for lm in (self.target, self.draft)

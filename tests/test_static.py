@@ -15,8 +15,8 @@ from ssd_repro.sampling import Sampler, probabilities
 from ssd_repro.speech_lm import SpeechLM, make_draft, small_qwen2
 from ssd_repro.static import StaticLM
 
-TARGET = tiny_lm(layers=3)
-DRAFT = make_draft(TARGET)  # 1 + 1 layers
+TARGET = tiny_lm(layers=2)
+DRAFT = make_draft(TARGET, bottom=1, top=0)
 PREFIX = torch.randn(1, 5, 16, generator=generator(9))
 STATIC, STATIC_DRAFT = StaticLM(TARGET, 40), StaticLM(DRAFT, 40)
 
