@@ -23,6 +23,15 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def weights_sha256(lm: nn.Module) -> str:
+    """SHA-256 over a model's weights, each as bf16: fp32 and bf16 copies of one model have the same."""
+    digest = hashlib.sha256()
+    for name, value in sorted(lm.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, facts: dict) -> None:
     """Write codec, target and the draft's own weights as fp16, and voice.json with ``facts``.
 
