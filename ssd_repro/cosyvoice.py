@@ -31,7 +31,7 @@ CLASSES = {"Qwen2LM": 2, "CosyVoice3LM": 3}  # upstream's name -> version
 
 def accelerate(
     cosyvoice,
-    draft: str | Path | SpeechLM,
+    draft: str | Path | SpeechLM | None,
     tolerance: float = 0.4,
     draft_length: int = 3,
     seed: int = 0,
@@ -43,13 +43,17 @@ def accelerate(
     cosyvoice    the object: its inference_zero_shot and the like then work as before, streaming
                  (stream=True), several threads and fp16=True included
     draft        a folder from ``ssd-repro train-draft``, or a draft made from this very target
-                 (``make_draft(target_of(cosyvoice))``)
+                 (``make_draft(target_of(cosyvoice))``); None decodes autoregressively: the
+                 baseline, by the same loop
     seed         utterance n (from 0, in the order in which decoding begins) draws from its own
                  generator of seed + n; upstream's global seed then plays no part
     sampler      None: the law of the checkout that made the object (``upstream_law``)
     on_result    called in the decoding thread with upstream's uuid and the DecodeResult
 
-    With tolerance 0 the tokens follow upstream's own law. InputError: another object, one
+    With tolerance 0 the tokens follow upstream's own law. Upstream pins transformers 4.51.3;
+    with transformers 5, which this package needs, its own generator computes wrong logits from
+    the second token on (it gives the cache a mask of one position), the replaced one does not:
+    take draft=None as the baseline there. InputError: another object, one
     loaded with load_vllm=True, one already accelerated, a draft that does not fit, settings
     out of range; and later, in the caller's thread, text given as a generator (streaming text
     is not accelerated: give a string, or undo() first).
@@ -58,7 +62,7 @@ def accelerate(
 
 
 class Accelerated:
-    """What ``accelerate`` did to a CosyVoice object; ``undo()`` takes it back. A context manager, too."""
+    """What ``accelerate`` did to a CosyVoice object; ``undo()`` takes it back."""
 
     def __init__(self, cosyvoice, draft, tolerance, draft_length, seed, sampler, on_result) -> None:
         self.target = target_of(cosyvoice)
@@ -66,8 +70,9 @@ class Accelerated:
         if "inference_wrapper" in vars(self.llm):
             raise InputError("this CosyVoice object is accelerated already: call undo() on the first result.")
         found, banned = upstream_law(self.llm)
-        self.draft = draft if isinstance(draft, SpeechLM) else load_draft(Path(draft), self.target)
-        _check_draft(self.draft, self.target)
+        self.draft = load_draft(Path(draft), self.target) if isinstance(draft, (str, Path)) else draft
+        if self.draft is not None:
+            _check_draft(self.draft, self.target)
         self.config = DecodeConfig(
             sampler=found if sampler is None else sampler,
             max_tokens=1,
@@ -85,12 +90,6 @@ class Accelerated:
         if vars(self.llm).get("inference_wrapper") != self._tokens:
             raise InputError("this acceleration is undone already.")
         del self.llm.inference_wrapper, self.model.tts
-
-    def __enter__(self) -> Accelerated:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.undo()
 
     def _tokens(
         self, lm_input: Tensor, sampling: int, min_len: int, max_len: int, uuid: str
@@ -148,9 +147,10 @@ def target_of(cosyvoice) -> CosyVoiceLM:
     if hasattr(llm, "vllm"):
         raise InputError("this CosyVoice object decodes with vLLM: load it with load_vllm=False.")
     layout = LAYOUTS[version]
-    if llm.speech_token_size != SPEECH_TOKENS or set(llm.stop_token_ids) != set(layout.stop_ids):
+    stops = getattr(llm, "stop_token_ids", ())
+    if llm.speech_token_size != SPEECH_TOKENS or set(stops) != set(layout.stop_ids):
         raise InputError(
-            f"this {type(llm).__name__} has {llm.speech_token_size} speech tokens and {len(llm.stop_token_ids)} stop "
+            f"this {type(llm).__name__} has {llm.speech_token_size} speech tokens and {len(stops)} stop "
             f"tokens; CosyVoice {version} has {SPEECH_TOKENS} and {len(layout.stop_ids)} (CosyVoice 3: a commit since "
             "2025-12-09)."
         )
@@ -210,6 +210,8 @@ def upstream_law(llm) -> tuple[Sampler, tuple[int, ...]]:
 
 
 def _check_draft(draft: SpeechLM, target: SpeechLM) -> None:
+    if not isinstance(draft, SpeechLM):
+        raise InputError(f"draft is {draft!r}; it must be a draft's folder, a SpeechLM or None.")
     for what, mine, its in (
         ("hidden size", draft.model.config.hidden_size, target.model.config.hidden_size),
         ("speech vocabulary", draft.head.out_features, target.head.out_features),
