@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from ssd_repro.cosyvoice_lm import END_OF_PROMPT, LAYOUTS
+from ssd_repro.cosyvoice_lm import LAYOUTS
 
 TEXT_VOCAB = 300
 WORDS = ["a", "b", "c", "d"]
@@ -163,6 +164,7 @@ class Model:
             if len(self.tts_speech_token_dict[key]) - sent >= hop:
                 yield {"tokens": self.tts_speech_token_dict[key][sent : sent + hop]}
                 sent += hop
+            time.sleep(0.005)
         job.join()
         yield {"tokens": self.tts_speech_token_dict[key][sent:]}
         with self.lock:
