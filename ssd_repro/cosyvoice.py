@@ -7,7 +7,6 @@ commit since 6dd68b9, 2025-05-30); only the token generator of its language mode
 from __future__ import annotations
 
 import itertools
-import types
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial, wraps
@@ -22,7 +21,7 @@ from .checkpoints import load_draft
 from .cosyvoice_lm import LAYOUTS, SPEECH_TOKENS, CosyVoiceLM
 from .decoding import DecodeConfig, DecodeResult, stream
 from .errors import InputError
-from .sampling import Sampler
+from .sampling import Sampler, check_number
 from .speech_lm import SpeechLM
 
 OnResult = Callable[[str, DecodeResult], None]
@@ -35,7 +34,6 @@ def accelerate(
     tolerance: float = 0.4,
     draft_length: int = 3,
     seed: int = 0,
-    sampler: Sampler | None = None,
     on_result: OnResult | None = None,
 ) -> Accelerated:
     """Make an upstream CosyVoice2 or CosyVoice3 object decode speculatively, until ``undo()``.
@@ -45,36 +43,39 @@ def accelerate(
     draft        a folder from ``ssd-repro train-draft``, or a draft made from this very target
                  (``make_draft(target_of(cosyvoice))``); None decodes autoregressively: the
                  baseline, by the same loop
-    seed         utterance n (from 0, in the order in which decoding begins) draws from its own
-                 generator of seed + n; upstream's global seed then plays no part
-    sampler      None: the law of the checkout that made the object (``upstream_law``)
+    seed         text n (from 0, in the order in which decoding begins; upstream splits long
+                 ones) draws from its own generator of seed + n; upstream's global seed then
+                 plays no part
     on_result    called in the decoding thread with upstream's uuid and the DecodeResult
 
-    With tolerance 0 the tokens follow upstream's own law. Upstream pins transformers 4.51.3;
-    with transformers 5, which this package needs, its own generator computes wrong logits from
-    the second token on (it gives the cache a mask of one position), the replaced one does not:
-    take draft=None as the baseline there. InputError: another object, one
-    loaded with load_vllm=True, one already accelerated, a draft that does not fit, settings
-    out of range; and later, in the caller's thread, text given as a generator (streaming text
-    is not accelerated: give a string, or undo() first).
+    The law is that of the checkout that made the object (``upstream_law``); with tolerance 0
+    the tokens follow it exactly. Upstream pins transformers 4.51.3; with transformers 5, which
+    this package needs, its own generator computes wrong logits from the second token on (it
+    gives the cache a mask of one position). The replaced one does not: draft=None is the
+    baseline there.
+
+    InputError: another object, one loaded with load_vllm=True, one already accelerated, a
+    draft that does not fit, settings out of range; and later, in the caller's thread, text
+    given as a generator (streaming text is not accelerated: give a string, or undo() first).
     """
-    return Accelerated(cosyvoice, draft, tolerance, draft_length, seed, sampler, on_result)
+    return Accelerated(cosyvoice, draft, tolerance, draft_length, seed, on_result)
 
 
 class Accelerated:
     """What ``accelerate`` did to a CosyVoice object; ``undo()`` takes it back."""
 
-    def __init__(self, cosyvoice, draft, tolerance, draft_length, seed, sampler, on_result) -> None:
+    def __init__(self, cosyvoice, draft, tolerance, draft_length, seed, on_result) -> None:
         self.target = target_of(cosyvoice)
         self.model, self.llm = cosyvoice.model, cosyvoice.model.llm
         if "inference_wrapper" in vars(self.llm):
             raise InputError("this CosyVoice object is accelerated already: call undo() on the first result.")
-        found, banned = upstream_law(self.llm)
+        check_number("seed", seed, 0, 2**62, whole=True)
+        sampler, banned = upstream_law(self.llm)
         self.draft = load_draft(Path(draft), self.target) if isinstance(draft, (str, Path)) else draft
         if self.draft is not None:
             _check_draft(self.draft, self.target)
         self.config = DecodeConfig(
-            sampler=found if sampler is None else sampler,
+            sampler=sampler,
             max_tokens=1,
             stop_ids=self.target.layout.stop_ids,
             banned_ids=banned,
@@ -122,7 +123,7 @@ def _refuse_streaming_text(tts: Callable) -> Callable:
 
     @wraps(tts)
     def checked(text=None, *args, **kwargs):
-        if isinstance(text, types.GeneratorType):
+        if isinstance(text, Generator):
             raise InputError(
                 "text given as a generator (streaming text) is not accelerated: give the text as one string, or call "
                 "undo() first."

@@ -452,6 +452,7 @@ def test_what_accelerate_refuses(released):
     with pytest.raises(InputError, match="streaming text"):
         spoken(cosyvoice, text=(part for part in ASKED["text"]))
     handle.undo()
+    assert "tts" not in vars(cosyvoice.model)
     with pytest.raises(InputError, match="undone already"):
         handle.undo()
     cosyvoice.model.llm.vllm = object()
