@@ -19,7 +19,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,9 @@ from .speech_lm import SpeechLM
 from .text import VOICES, prompt
 from .voice import decode_config
 
-NONE = np.zeros(0, np.int32)
+
+def _none() -> np.ndarray:
+    return np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,8 +46,8 @@ class Example:
     id: str
     text: np.ndarray
     speech: np.ndarray
-    prompt_text: np.ndarray = NONE
-    prompt_speech: np.ndarray = NONE
+    prompt_text: np.ndarray = field(default_factory=_none)
+    prompt_speech: np.ndarray = field(default_factory=_none)
     stopped: bool = True
 
     @property

@@ -43,9 +43,7 @@ class Tape:
     draft and target alike.
     """
 
-    def __init__(
-        self, sampler: Sampler, capacity: int, stop_mask: Tensor, min_tokens: int = 0
-    ) -> None:
+    def __init__(self, sampler: Sampler, capacity: int, stop_mask: Tensor, min_tokens: int = 0) -> None:
         """capacity: cells, in tokens; stop_mask: bool (V,), banned at positions < min_tokens."""
         self.sampler, self.stop_mask, self.min_tokens = sampler, stop_mask, min_tokens
         self.pad = sampler.ras_window if sampler.ras else 1
