@@ -471,7 +471,7 @@ def train(
         _agree(accelerator, lambda: stack.enter_context(lock))
         target = _agree(accelerator, lambda: load_target(target_folder))
         groups = _agree(accelerator, lambda: read_data(data, target))
-        groups = [kept for group in groups if (kept := [one for one in group if len(one.speech) <= longest])]
+        groups = [group for group in groups if len(group[0].speech) <= longest]
         random.Random(settings.seed).shuffle(groups)
         if len(groups) <= held_out:
             raise InputError(
