@@ -1,4 +1,4 @@
-"""The bundled voice on disk: fp16 safetensors and one voice.json that vouches for them."""
+"""Models on disk: the bundled voice and a trained draft, safetensors and the JSON that vouches for them; CosyVoice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .codec import Codec, CodecConfig
+from .cosyvoice_lm import load_cosyvoice  # noqa: F401  the third kind of file, read beside its ids
 from .errors import InputError
 from .speech_lm import SpeechLM, make_draft, small_qwen2
 
