@@ -1,5 +1,6 @@
 """The draft trainer: its loss, its data, one process against two, a kill in the middle."""
 
+import copy
 import gzip
 import json
 import os
@@ -13,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_cosyvoice
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
@@ -21,6 +23,7 @@ from toys import tiny_lm
 
 from ssd_repro import checkpoints, cli, draft_data, draft_training
 from ssd_repro.codec import Codec, CodecConfig
+from ssd_repro.cosyvoice_lm import END_OF_PROMPT, load_cosyvoice
 from ssd_repro.draft_data import Batches, Example, voice_target
 from ssd_repro.draft_training import Settings
 from ssd_repro.errors import InputError
@@ -288,6 +291,47 @@ def test_on_policy_brings_the_draft_to_the_law_of_the_target(tmp_path):
     assert after["loss"] < 0.8 * before["loss"]
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_cosyvoice(version, tmp_path):
+    """Its files as target: embeddings and labels as upstream lays them out, lengths as it decodes, the draft loads."""
+    upstream = tiny_cosyvoice.Upstream(version, text_vocab=END_OF_PROMPT + 1 if version == 3 else 300)
+    tiny_cosyvoice.save_released(tmp_path / "cosyvoice", upstream)
+    target = draft_data.load_target(tmp_path / "cosyvoice")
+    row = {
+        "text_ids": [7, 8, 9],
+        "speech": [5, 6, 4, 6560],
+        "prompt_text": [3, 2],
+        "prompt_speech": [1, 0, 1],
+    }
+    if version == 3:
+        with pytest.raises(ValueError, match="151646"):
+            draft_data._check(Example.from_row({"id": "x"} | row), target)
+        row["prompt_text"] = [END_OF_PROMPT, 2]
+    batch = draft_data.collate(target, [Example.from_row({"id": "x"} | row)])
+    text, prompt_text, prompt_speech, speech = (
+        torch.tensor(row[name]) for name in ("text_ids", "prompt_text", "prompt_speech", "speech")
+    )
+    prefix = upstream.prefix(text, prompt_text, prompt_speech)
+    whole = torch.cat((prefix, upstream.speech_embedding(speech)[None]), 1)
+    torch.testing.assert_close(batch.embedded, whole)
+    assert batch.labels.tolist() == [5, 6, 4, 6560, {2: 6561, 3: 6562}[version]]
+    with torch.no_grad():
+        logits = target.lm(batch.embedded, batch.at)
+    torch.testing.assert_close(logits, upstream.logits(whole)[0, prefix.shape[1] - 1 :], rtol=1e-3, atol=1e-4)
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"id": str(i)} | row) + "\n" for i in range(4)))
+    settings = Settings(2, recipe="on-policy", batch=2)
+    draft_training.train(
+        tmp_path / "cosyvoice", data, tmp_path / "out", settings, held_out=1, device="cpu", log=lambda _: None
+    )
+    made = samples(tmp_path / "out")
+    assert [made[0][name] for name in ("prompt_text", "prompt_speech")] == [row["prompt_text"], [1, 0, 1]]
+    assert all(len(row["speech"]) <= 60 and len({str(r["speech"]) for r in made}) == 4 for row in made)
+    draft = checkpoints.load_draft(tmp_path / "out", load_cosyvoice(tmp_path / "cosyvoice"))
+    assert len(draft.model.layers) == 2 and (draft.head.bias is None) == (version == 3)
+
+
 def test_every_epoch_shows_every_batch_once_and_depends_on_the_seed_alone():
     rng = np.random.default_rng(0)
     examples = [
@@ -316,7 +360,9 @@ def test_a_draft_is_loaded_onto_its_target(world, on_policy):
     assert {name for name, value in draft.named_parameters() if value.requires_grad} == stored.keys()
     assert all(torch.equal(value, stored[name]) for name, value in draft.named_parameters() if name in stored)
     assert draft.speech_embedding is target.speech_embedding
-    assert checkpoints.load_draft(on_policy, target.bfloat16()).head.weight.dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        cast = copy.deepcopy(target).to(dtype)
+        assert checkpoints.load_draft(on_policy, cast).head.weight.dtype == dtype
 
 
 def cut(folder):
@@ -385,7 +431,7 @@ def test_a_shard_that_was_cut(world, tmp_path):
         ({"accumulate": 7}, "need at least 7"),
         ({"held-out": 14}, "held_out is 14"),
         ({"data": "/nowhere"}, "no *.jsonl"),
-        ({"target": "/nowhere"}, "not a folder"),
+        ({"target": "/nowhere"}, "/nowhere does not exist"),
         ({"steps": "x"}, "must be a whole number"),
     ],
 )
