@@ -206,6 +206,8 @@ def _check(one: Example, target: Target) -> None:
     for name, (ids, end) in limits.items():
         if len(ids) and ids.max() >= end:
             raise ValueError(f"{name} has {ids.max()}; this target's ids end at {end - 1}")
+    for token in set(target.needed).difference(one.text, one.prompt_text):
+        raise ValueError(f"neither text_ids nor prompt_text holds {token}, which this target needs")
     if (
         not isinstance(one.id, str)
         or not isinstance(one.stopped, bool)

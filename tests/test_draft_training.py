@@ -277,7 +277,7 @@ def test_on_policy_brings_the_draft_to_the_law_of_the_target(tmp_path):
     texts = [
         Example(str(i), rng.integers(0, 5, 6).astype(np.int32), np.zeros(1, np.int32)) for i in range(40)
     ]
-    settings = Settings(40, recipe="on-policy", batch=16, warmup=5, learning_rate=1e-2)
+    settings = Settings(24, recipe="on-policy", batch=16, warmup=3, learning_rate=1e-2)
     alone, quiet = draft_training.processes("cpu"), {"log": lambda line: None}
     spoken = draft_training.sample(target, texts, settings, tmp_path / "samples", alone, **quiet)
     train, dev = spoken[8:], spoken[:8]
