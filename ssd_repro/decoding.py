@@ -6,7 +6,7 @@ SYMBOLS: p is the DRAFT, q the TARGET; L_d is ``draft_length``, beta ``tolerance
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -32,7 +32,8 @@ class DecodeConfig:
 
     max_tokens    the sequence is at most so long (the last drafts are shortened)
     stop_ids      tokens that end the sequence; they do not stand in the result
-    min_tokens    stop_ids are banned, for draft and target, at positions below this
+    min_tokens    banned_ids are banned, for draft and target, at positions below this
+    banned_ids    None: all stop_ids
     draft_length  L_d, the paper's 3
     tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's law
     """
@@ -41,6 +42,7 @@ class DecodeConfig:
     max_tokens: int
     min_tokens: int = 0
     stop_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...] | None = None
     draft_length: int = 3
     tolerance: float = 0.4
 
@@ -49,12 +51,18 @@ class DecodeConfig:
             raise InputError(f"sampler is {self.sampler!r}; it must be a Sampler.")
         check_number("max_tokens", self.max_tokens, 1, 1_000_000, whole=True)
         check_number("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
-        if not isinstance(self.stop_ids, tuple):
-            raise InputError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
-        for token in self.stop_ids:
-            check_number("a token of stop_ids", token, 0, 10_000_000, whole=True)
+        for name, ids in (("stop_ids", self.stop_ids), ("banned_ids", self.banned)):
+            if not isinstance(ids, tuple):
+                raise InputError(f"{name} is {ids!r}; it must be a tuple of token ids.")
+            for token in ids:
+                check_number(f"a token of {name}", token, 0, 10_000_000, whole=True)
         check_number("draft_length", self.draft_length, 1, 64, whole=True)
         check_number("tolerance", self.tolerance, 0.0, 1.0)
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """What min_tokens bans: banned_ids, or all stop_ids."""
+        return self.stop_ids if self.banned_ids is None else self.banned_ids
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class DecodeResult:
 
     target_calls and draft_calls count forward passes, the prefill among them. seconds:
     prefill, draft, verify (the target's forwards, the sampling and the judging) and rest, by
-    CUDA events on a CUDA device; the time inside on_tokens is in none of them.
+    CUDA events on a CUDA device; the time inside on_tokens (or of ``stream``'s consumer) is in none of them.
     """
 
     tokens: tuple[int, ...]
@@ -142,8 +150,7 @@ def autoregressive(
     prefix: embeddings (1, T, hidden); generator: on the prefix's device; on_tokens is called
     with each round's new speech tokens. NumericsError if the logits turn NaN.
     """
-    _check_room(target, prefix, config)
-    return _decode(target, None, prefix, config, generator, on_tokens)
+    return _collect(stream(target, None, prefix, config, generator), on_tokens)
 
 
 def speculative(
@@ -162,22 +169,50 @@ def speculative(
     the target's cache holds the prefix and all tokens but the newest, the draft's what
     ``ModelDrafter`` says.
     """
-    make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
-    own = prefix if draft_prefix is None else draft_prefix
+    return _collect(stream(target, draft, prefix, config, generator, draft_prefix), on_tokens)
+
+
+def _collect(rounds: Generator[list[int], None, DecodeResult], on_tokens: OnTokens | None) -> DecodeResult:
+    while True:
+        try:
+            tokens = next(rounds)
+        except StopIteration as end:
+            return end.value
+        if on_tokens:
+            on_tokens(tokens)
+
+
+def stream(
+    target: LanguageModel,
+    draft: LanguageModel | Callable[[Tensor], Drafter] | None,
+    prefix: Tensor,
+    config: DecodeConfig,
+    generator: torch.Generator,
+    draft_prefix: Tensor | None = None,
+) -> Generator[list[int], None, DecodeResult]:
+    """``speculative``, or ``autoregressive`` where draft is None, as a generator.
+
+    Yields each round's new speech tokens (one or more) as soon as they are final; returns
+    the result. Time spent by the consumer is in no phase's seconds.
+    """
     _check_room(target, prefix, config)
-    _check_room(draft, own, config)
-    return _decode(target, partial(make, own), prefix, config, generator, on_tokens)
+    make_drafter = None
+    if draft is not None:
+        own = prefix if draft_prefix is None else draft_prefix
+        _check_room(draft, own, config)
+        make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
+        make_drafter = partial(make, own)
+    return _rounds(target, make_drafter, prefix, config, generator)
 
 
-@torch.inference_mode()
-def _decode(
+@torch.inference_mode()  # of a generator it holds while the generator runs, not for its consumer
+def _rounds(
     target: LanguageModel,
     make_drafter: Callable[[], Drafter] | None,
     prefix: Tensor,
     config: DecodeConfig,
     generator: torch.Generator,
-    on_tokens: OnTokens | None,
-) -> DecodeResult:
+) -> Generator[list[int], None, DecodeResult]:
     """The loop. The first token comes from the prefill; one host read a round (``_judge``)."""
     clock = _Clock(prefix.device)
     session = target.session()
@@ -216,13 +251,11 @@ def _decode(
         speech = news[:-1] if stopped else news
         tokens += speech
         clock.lap("rest")
-        if on_tokens and speech:
-            on_tokens(speech)
+        if speech:
+            yield speech
             clock.lap(None)
     draft_calls = drafter.calls if drafter else 0
-    return DecodeResult(
-        tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, clock.seconds()
-    )
+    return DecodeResult(tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, clock.seconds())
 
 
 def _check_room(model, prefix: Tensor, config: DecodeConfig) -> None:
@@ -236,14 +269,13 @@ def _check_room(model, prefix: Tensor, config: DecodeConfig) -> None:
 
 
 def _tape(config: DecodeConfig, logits: Tensor) -> Tape:
-    """An empty tape for logits (1, V); InputError if a stop token is outside the vocabulary."""
+    """An empty tape for logits (1, V); InputError if a stop or banned token is outside the vocabulary."""
     vocab = logits.shape[-1]
-    if max(config.stop_ids, default=0) >= vocab:
-        raise InputError(
-            f"stop_ids has {max(config.stop_ids)}; the model's token ids end at {vocab - 1}."
-        )
+    for name, ids in (("stop_ids", config.stop_ids), ("banned_ids", config.banned)):
+        if max(ids, default=0) >= vocab:
+            raise InputError(f"{name} has {max(ids)}; the model's token ids end at {vocab - 1}.")
     mask = torch.zeros(vocab, dtype=torch.bool)
-    mask[list(config.stop_ids)] = True
+    mask[list(config.banned)] = True
     return Tape(config.sampler, config.max_tokens, mask.to(logits.device), config.min_tokens)
 
 
@@ -261,7 +293,7 @@ def _judge(
     broken, n, token, *proposal = report.tolist()
     if broken:
         raise NumericsError(
-            f"the model's logits are not numbers (NaN) at speech token {tape.size}; "
+            f"the model's logits are not numbers (NaN), or leave nothing to draw, at speech token {tape.size}; "
             "check its weights and its precision."
         )
     tape.write(tape.size + n, added)

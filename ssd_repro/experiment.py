@@ -30,7 +30,8 @@ from . import metrics
 from .errors import InputError
 
 # Modules that no row depends on; a change in any other makes a new code revision.
-NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus"}
+NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus",
+               "draft_data", "draft_training"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
             "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
 WARM_UP = "This short sentence warms the machine up."
