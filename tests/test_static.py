@@ -90,10 +90,10 @@ def test_what_does_not_fit_is_said_before_any_work():
     session = small.session()
     with pytest.raises(InputError, match="needs 21 positions"):
         session.prefill(torch.zeros(1, 21, 16))
-    session.prefill(torch.zeros(1, 18, 16))
+    session.prefill(torch.zeros(1, 17, 16))
     with pytest.raises(InputError, match="needs 21 positions"):
-        session.extend(torch.zeros(1, 3, dtype=torch.int64))
-    assert session.extend(torch.zeros(1, 2, dtype=torch.int64)).shape == (1, 2, 13)
+        session.extend(torch.zeros(1, 4, dtype=torch.int64))
+    assert session.extend(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 13)  # fed as 4
     with pytest.raises(InputError, match="a width is 21"):
         StaticLM(TARGET, 20, widths=(1, 21))
 
@@ -144,7 +144,7 @@ def test_one_compilation_for_each_width(monkeypatch):
     monkeypatch.setattr(torch._dynamo, "mark_static_address", fixed.append)
     monkeypatch.setattr(torch, "compile", without_inductor)
     models = [StaticLM(lm, 40, compile=True) for lm in (TARGET, DRAFT)]
-    for seed in range(4):
+    for seed in range(2):
         cfg = config(stop_ids=(), max_tokens=20 + seed)
         kept = [speculative(*models, PREFIX, cfg, generator(seed))]
         kept.append(autoregressive(models[0], PREFIX, cfg, generator(seed)))
