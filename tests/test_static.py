@@ -152,7 +152,9 @@ def test_one_compilation_for_each_width(monkeypatch):
         assert kept[1].tokens == autoregressive(TARGET, PREFIX, cfg, generator(seed)).tokens
         held = models[0].session()  # open: the next request gets another cache
         held.prefill(PREFIX)
-        held.extend(torch.tensor([[1]]))
+        logits = held.extend(torch.tensor([[1]]))
+        held.extend(torch.tensor([[2]]))
+        assert logits.isfinite().all()  # kept over the next forward
     widths = sum(model.step.cache_info().currsize for model in models)
     assert 4 <= widths <= 6 and len(graphs) == widths
     assert len(fixed) == sum(len(lm.model.layers) * 2 for lm in (TARGET, TARGET, DRAFT))
