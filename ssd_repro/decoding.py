@@ -6,9 +6,10 @@ SYMBOLS: p is the DRAFT, q the TARGET; L_d is ``draft_length``, beta ``tolerance
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,32 +32,37 @@ class DecodeConfig:
 
     max_tokens    the sequence is at most so long (the last drafts are shortened)
     stop_ids      tokens that end the sequence; they do not stand in the result
-    min_tokens    stop_ids are banned, for draft and target, at positions below this
+    min_tokens    banned_ids are banned, for draft and target, at positions below this
+    banned_ids    None: all stop_ids
     draft_length  L_d, the paper's 3
     tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's law
-    time_phases   on CUDA, wait for the device at each phase's end: without it the seconds of
-                  the single phases there say when work was queued, only their sum is right
     """
 
     sampler: Sampler = field(default_factory=Sampler)
     max_tokens: int
     min_tokens: int = 0
     stop_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...] | None = None
     draft_length: int = 3
     tolerance: float = 0.4
-    time_phases: bool = False
 
     def __post_init__(self):
         if not isinstance(self.sampler, Sampler):
             raise InputError(f"sampler is {self.sampler!r}; it must be a Sampler.")
         check_number("max_tokens", self.max_tokens, 1, 1_000_000, whole=True)
         check_number("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
-        if not isinstance(self.stop_ids, tuple):
-            raise InputError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
-        for token in self.stop_ids:
-            check_number("a token of stop_ids", token, 0, 10_000_000, whole=True)
+        for name, ids in (("stop_ids", self.stop_ids), ("banned_ids", self.banned)):
+            if not isinstance(ids, tuple):
+                raise InputError(f"{name} is {ids!r}; it must be a tuple of token ids.")
+            for token in ids:
+                check_number(f"a token of {name}", token, 0, 10_000_000, whole=True)
         check_number("draft_length", self.draft_length, 1, 64, whole=True)
         check_number("tolerance", self.tolerance, 0.0, 1.0)
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """What min_tokens bans: banned_ids, or all stop_ids."""
+        return self.stop_ids if self.banned_ids is None else self.banned_ids
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ class DecodeResult:
     """tokens without the stop token; stopped: by one, rather than by max_tokens.
 
     target_calls and draft_calls count forward passes, the prefill among them. seconds:
-    prefill, draft, verify (the target's forwards, the sampling and the judging) and rest;
-    the time inside on_tokens is in none of them.
+    prefill, draft, verify (the target's forwards, the sampling and the judging) and rest, by
+    CUDA events on a CUDA device; the time inside on_tokens (or of ``stream``'s consumer) is in none of them.
     """
 
     tokens: tuple[int, ...]
@@ -144,7 +150,7 @@ def autoregressive(
     prefix: embeddings (1, T, hidden); generator: on the prefix's device; on_tokens is called
     with each round's new speech tokens. NumericsError if the logits turn NaN.
     """
-    return _decode(target, None, prefix, config, generator, on_tokens)
+    return _collect(stream(target, None, prefix, config, generator), on_tokens)
 
 
 def speculative(
@@ -163,28 +169,58 @@ def speculative(
     the target's cache holds the prefix and all tokens but the newest, the draft's what
     ``ModelDrafter`` says.
     """
-    make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
-    own = prefix if draft_prefix is None else draft_prefix
-    return _decode(target, partial(make, own), prefix, config, generator, on_tokens)
+    return _collect(stream(target, draft, prefix, config, generator, draft_prefix), on_tokens)
 
 
-@torch.inference_mode()
-def _decode(
+def _collect(rounds: Generator[list[int], None, DecodeResult], on_tokens: OnTokens | None) -> DecodeResult:
+    while True:
+        try:
+            tokens = next(rounds)
+        except StopIteration as end:
+            return end.value
+        if on_tokens:
+            on_tokens(tokens)
+
+
+def stream(
+    target: LanguageModel,
+    draft: LanguageModel | Callable[[Tensor], Drafter] | None,
+    prefix: Tensor,
+    config: DecodeConfig,
+    generator: torch.Generator,
+    draft_prefix: Tensor | None = None,
+) -> Generator[list[int], None, DecodeResult]:
+    """``speculative``, or ``autoregressive`` where draft is None, as a generator.
+
+    Yields each round's new speech tokens (one or more) as soon as they are final; returns
+    the result. Time spent by the consumer is in no phase's seconds.
+    """
+    _check_room(target, prefix, config)
+    make_drafter = None
+    if draft is not None:
+        own = prefix if draft_prefix is None else draft_prefix
+        _check_room(draft, own, config)
+        make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
+        make_drafter = partial(make, own)
+    return _rounds(target, make_drafter, prefix, config, generator)
+
+
+@torch.inference_mode()  # of a generator it holds while the generator runs, not for its consumer
+def _rounds(
     target: LanguageModel,
     make_drafter: Callable[[], Drafter] | None,
     prefix: Tensor,
     config: DecodeConfig,
     generator: torch.Generator,
-    on_tokens: OnTokens | None,
-) -> DecodeResult:
+) -> Generator[list[int], None, DecodeResult]:
     """The loop. The first token comes from the prefill; one host read a round (``_judge``)."""
-    watch = _Stopwatch(prefix.device if config.time_phases else None)
+    clock = _Clock(prefix.device)
     session = target.session()
     logits = session.prefill(prefix)  # (1, V)
     start, target_calls = session.length, 1
     tape = _tape(config, logits)
     drafter = make_drafter() if make_drafter else None
-    watch.lap("prefill")
+    clock.lap("prefill")
 
     tokens: list[int] = []
     rounds: list[Round] = []
@@ -195,13 +231,13 @@ def _decode(
         drafted, p = tape.tokens(tape.size, tape.size), logits[:0].float()
         if count:
             drafted, p = drafter.propose(tape, count, generator)
-        watch.lap("draft")
+        clock.lap("draft")
         if rounds:
             logits = session.extend(tape.tokens(tape.size - 1, tape.size + count)[None])[0]
             target_calls += 1
         q = tape.law(logits, tape.size)  # (count + 1, V)
         accepted, proposal, news = _judge(p, q, drafted, tape, config, generator)
-        watch.lap("verify")
+        clock.lap("verify")
 
         stop = next((i for i, token in enumerate(news) if token in config.stop_ids), None)
         stopped = stop is not None
@@ -214,25 +250,32 @@ def _decode(
             drafter.rollback(tape.size)
         speech = news[:-1] if stopped else news
         tokens += speech
-        watch.lap("rest")
-        if on_tokens and speech:
-            on_tokens(speech)
-            watch.lap(None)
+        clock.lap("rest")
+        if speech:
+            yield speech
+            clock.lap(None)
     draft_calls = drafter.calls if drafter else 0
-    return DecodeResult(
-        tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, watch.seconds
-    )
+    return DecodeResult(tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, clock.seconds())
+
+
+def _check_room(model, prefix: Tensor, config: DecodeConfig) -> None:
+    """InputError, before any work, if the model's caches (static.StaticLM) are too short for this."""
+    limit, needed = getattr(model, "max_length", None), prefix.shape[1] + config.max_tokens
+    if limit is not None and needed > limit:
+        raise InputError(
+            f"a prefix of {prefix.shape[1]} positions and max_tokens {config.max_tokens} need {needed} "
+            f"positions; the static cache has max_length {limit}: make it larger, or max_tokens smaller."
+        )
 
 
 def _tape(config: DecodeConfig, logits: Tensor) -> Tape:
-    """An empty tape for logits (1, V); InputError if a stop token is outside the vocabulary."""
+    """An empty tape for logits (1, V); InputError if a stop or banned token is outside the vocabulary."""
     vocab = logits.shape[-1]
-    if max(config.stop_ids, default=0) >= vocab:
-        raise InputError(
-            f"stop_ids has {max(config.stop_ids)}; the model's token ids end at {vocab - 1}."
-        )
+    for name, ids in (("stop_ids", config.stop_ids), ("banned_ids", config.banned)):
+        if max(ids, default=0) >= vocab:
+            raise InputError(f"{name} has {max(ids)}; the model's token ids end at {vocab - 1}.")
     mask = torch.zeros(vocab, dtype=torch.bool)
-    mask[list(config.stop_ids)] = True
+    mask[list(config.banned)] = True
     return Tape(config.sampler, config.max_tokens, mask.to(logits.device), config.min_tokens)
 
 
@@ -250,7 +293,7 @@ def _judge(
     broken, n, token, *proposal = report.tolist()
     if broken:
         raise NumericsError(
-            f"the model's logits are not numbers (NaN) at speech token {tape.size}; "
+            f"the model's logits are not numbers (NaN), or leave nothing to draw, at speech token {tape.size}; "
             "check its weights and its precision."
         )
     tape.write(tape.size + n, added)
@@ -267,22 +310,46 @@ def _round(proposal: list[int], accepted: int, emitted: int) -> Round:
     return Round(count, accepted, emitted, "bonus" if count else "sampled")
 
 
-class _Stopwatch:
-    """Adds up the seconds of each phase; waits for ``device`` first if it is a CUDA one."""
+class _Clock:
+    """Marks the phases as they go by and adds them up at the end: nothing waits in between.
 
-    def __init__(self, device: torch.device | None) -> None:
-        self.device = device if device is not None and device.type == "cuda" else None
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.last = self._now()
+    On CUDA the marks are events in the device's stream, so a phase lasts from the end of the
+    work before it to the end of its own; elsewhere they are the host's time.
+    """
 
-    def _now(self) -> float:
-        if self.device is not None:
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks = [(None, self._mark())]
+
+    def _mark(self) -> _HostMark | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return _HostMark()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def lap(self, phase: str | None) -> None:
         """Book the time since the last lap under ``phase``; None: nowhere."""
-        now = self._now()
-        if phase is not None:
-            self.seconds[phase] += now - self.last
-        self.last = now
+        self.marks.append((phase, self._mark()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each of PHASES; waits for the last mark."""
+        self.marks[-1][1].synchronize()
+        total = dict.fromkeys(PHASES, 0.0)
+        for (_, start), (phase, end) in pairwise(self.marks):
+            if phase is not None:
+                total[phase] += start.elapsed_time(end) / 1000
+        return total
+
+
+class _HostMark:
+    """Now on the host's clock, read like a torch.cuda.Event."""
+
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _HostMark) -> float:
+        return 1000 * (end.at - self.at)

@@ -30,7 +30,8 @@ from . import metrics
 from .errors import InputError
 
 # Modules that no row depends on; a change in any other makes a new code revision.
-NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus"}
+NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus",
+               "draft_data", "draft_training"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
             "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
 WARM_UP = "This short sentence warms the machine up."
@@ -89,7 +90,8 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
     for said in utterances:  # before any work
         for system in systems:
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
-    context = {**where(voice.device), "weights": voice.weights_id, "code": code_revision(),
+    context = {**where(voice.device), "precision": voice.precision, "compile": voice.compile,
+               "weights": voice.weights_id, "code": code_revision(),
                "repeats": repeats, "whisper": whisper or "base"}  # fmt: skip
     grid = [[(system, row_settings(system, said, context)) for system in systems] for said in utterances]
     keys = [key(settings) for cells in grid for _, settings in cells]

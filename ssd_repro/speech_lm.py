@@ -6,9 +6,11 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2Config, Qwen2Model
+from transformers import Cache, DynamicCache, Qwen2Config, Qwen2Model
 
 from .errors import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class SpeechLM(nn.Module):
@@ -26,12 +28,28 @@ class SpeechLM(nn.Module):
         self.speech_embedding = nn.Embedding(speech_vocab, hidden)
         self.head = nn.Linear(hidden, speech_vocab, bias=bias)
 
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        """Without a cache, causal: (B, T, hidden) -> logits (B, T, V). Pad batches on the right."""
-        return self.head(_decode(self.model, inputs_embeds, 0, None))
+    def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
+        """Without a cache, causal: (B, T, hidden) -> logits (B, T, V). Pad batches on the right.
+
+        at: bool (B, T), of n places -> the logits of these alone, (n, V).
+        """
+        hidden = _decode(self.model, inputs_embeds, 0, None)
+        return self.head(hidden if at is None else hidden[at])
 
     def session(self) -> Session:
         return Session(self)
+
+    def cast(self, precision: str) -> SpeechLM:
+        """Parameters to 'fp32' or 'bf16', in place; a draft's shared ones change with its target's.
+
+        The rotary frequencies stay float32: ``to(torch.bfloat16)`` would round them too, and
+        at position 500 that is an angle wrong by up to a radian. InputError for another name.
+        """
+        if precision not in PRECISIONS:
+            raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(PRECISIONS[precision])
+        return self
 
 
 class Session:
@@ -41,9 +59,9 @@ class Session:
     is read from the device and another cache can take the place of DynamicCache.
     """
 
-    def __init__(self, lm: SpeechLM) -> None:
+    def __init__(self, lm: SpeechLM, cache: Cache | None = None) -> None:
         self.lm = lm
-        self.cache = DynamicCache(config=lm.model.config)
+        self.cache = DynamicCache(config=lm.model.config) if cache is None else cache
         self.length = 0
 
     def prefill(self, prefix: Tensor) -> Tensor:
@@ -69,7 +87,7 @@ class Session:
         return hidden
 
 
-def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: DynamicCache | None) -> Tensor:
+def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: Cache | None) -> Tensor:
     """Run the decoder on (B, n, hidden) after ``past`` cached positions -> (B, n, hidden).
 
     transformers would build its mask anew each call; of the three cases only the last needs

@@ -23,7 +23,8 @@ from .codec import SAMPLE_RATE, TOKEN_RATE, Codec
 from .decoding import DecodeConfig, DecodeResult, autoregressive, speculative
 from .errors import InputError
 from .sampling import Sampler, check_number
-from .speech_lm import SpeechLM
+from .speech_lm import PRECISIONS, SpeechLM
+from .static import StaticLM
 from .text import check_text, language, phone_ids, prompt, sentences
 
 METHODS = ("autoregressive", "draft", "speculative")
@@ -134,17 +135,40 @@ def _umask() -> int:
     return mask
 
 
+def decode_config(phones: int, ratio: tuple[float, float], stop_ids: tuple[int, ...], **fields) -> DecodeConfig:
+    """Upstream's rule of lengths with our ``ratio``: least and most speech tokens a text token."""
+    low, high = ratio
+    lengths = {"max_tokens": math.ceil(phones * high) + TOKEN_RATE, "min_tokens": math.floor(phones * low)}
+    return DecodeConfig(**({"stop_ids": stop_ids} | lengths | fields))
+
+
 class Voice:
     """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
 
+    precision, compile = "fp32", False  # how the models run: a row's settings, as timings depend on it
+
     def __init__(
-        self, codec: Codec, target: SpeechLM, draft: SpeechLM, about: dict, folder: Path, device: str
+        self,
+        codec: Codec,
+        target: SpeechLM,
+        draft: SpeechLM,
+        about: dict,
+        folder: Path,
+        device: str,
+        precision: str = "fp32",
+        compile: bool = False,
+        max_length: int = 1024,
     ):
         self.device = torch.device(device)
         self.codec, self.target, self.draft = (
             codec.to(self.device),
-            target.to(self.device),
-            draft.to(self.device),
+            target.to(self.device).cast(precision),
+            draft.to(self.device).cast(precision),
+        )
+        self.precision, self.compile = precision, compile
+        # What decodes: the models as they are, or in static caches, compiled.
+        self.models = tuple(
+            StaticLM(lm, max_length, compile=True) if compile else lm for lm in (self.target, self.draft)
         )
         for module in (self.codec, self.target, self.draft):
             module.requires_grad_(False)
@@ -166,18 +190,11 @@ class Voice:
         return check_text(text)
 
     def config(self, phones: int, tolerance: float, draft_length: int, **other) -> DecodeConfig:
-        """Decoding settings for a sentence of ``phones`` text tokens (CosyVoice's token-text ratios, ours)."""
-        low, high = self.about["token_text_ratio"]
-        book = self.codec.config.codebook_size
-        settings = dict(
-            sampler=self.sampler,
-            max_tokens=math.ceil(phones * high) + TOKEN_RATE,
-            min_tokens=math.floor(phones * low),
-            stop_ids=tuple(range(book, self.about["speech_vocab"])),
-            draft_length=draft_length,
-            tolerance=tolerance,
-        )
-        return DecodeConfig(**(settings | other))
+        """Decoding settings for a sentence of ``phones`` text tokens."""
+        book, ratio = self.codec.config.codebook_size, self.about["token_text_ratio"]
+        stops = tuple(range(book, self.about["speech_vocab"]))
+        settings = {"sampler": self.sampler, "tolerance": tolerance, "draft_length": draft_length}
+        return decode_config(phones, ratio, stops, **(settings | other))
 
     def prefix(self, phones: list[int], voice: str) -> Tensor:
         """Prompt embeddings (1, T, hidden), zero-shot: the voice's prompt text, this text, the prompt's speech.
@@ -241,10 +258,10 @@ class Voice:
         """Speech tokens of one sentence of phone ids; ``other`` replaces decoding settings."""
         config = self.config(len(phones), tolerance, draft_length, **other)
         prefix = self.prefix(phones, voice)
+        target, draft = self.models
         if method == "speculative":
-            return speculative(self.target, self.draft, prefix, config, generator, on_tokens)
-        lm = self.draft if method == "draft" else self.target
-        return autoregressive(lm, prefix, config, generator, on_tokens)
+            return speculative(target, draft, prefix, config, generator, on_tokens)
+        return autoregressive(draft if method == "draft" else target, prefix, config, generator, on_tokens)
 
     def reference(self, voice: str) -> np.ndarray:
         """Teacher speech of ``voice``, float32 (samples,) at 24 kHz: what similarity is measured against."""
@@ -257,8 +274,22 @@ class Voice:
         return audio
 
 
-def load(path: str | Path | None = None, device: str = "auto") -> Voice:
-    """Load a voice folder (the bundled one by default). ``device``: auto, cpu or cuda. Raises InputError."""
+def load(
+    path: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    compile: bool = False,
+    max_length: int = 1024,
+) -> Voice:
+    """Load a voice folder (the bundled one by default). Raises InputError.
+
+    device: auto, cpu or cuda. precision of target and draft: fp32 or bf16; the codec stays fp32.
+    compile: decode in static caches of ``max_length`` positions (prompt and speech tokens of a
+    sentence) with compiled forwards, CUDA graphs on CUDA; the first sentences then wait for the
+    compiler. See ``static.StaticLM``.
+    """
+    if precision not in PRECISIONS:  # before any work
+        raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -268,4 +299,4 @@ def load(path: str | Path | None = None, device: str = "auto") -> Voice:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(path) if path else checkpoints.BUNDLED
-    return Voice(*checkpoints.load_voice(folder), folder, device)
+    return Voice(*checkpoints.load_voice(folder), folder, device, precision, compile, max_length)
