@@ -110,29 +110,39 @@ class Target:
         return self.prefix(self.lm, *(torch.from_numpy(part).long().to(device) for part in parts))
 
 
-def voice_target(lm: SpeechLM, codes: int, sampler, ratio: tuple[float, float]) -> Target:
-    """The bundled voice's kind of target: its text_ids are the whole prompt, marks included."""
+def voice_target(
+    lm: SpeechLM, codes: int, sampler, ratio: tuple[float, float], prompts: dict[str, dict] | None = None
+) -> Target:
+    """The bundled voice's kind of target: text.prompt's layout, what stands before the text in prompt_text.
+
+    prompts: voice.json's zero-shot prompts; a ``training.Utterance`` is put behind its voice's.
+    """
 
     def prefix(lm: SpeechLM, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
         words = lm.model.embed_tokens(torch.cat((prompt_text, text)))
         return torch.cat((words, lm.speech_embedding(prompt_speech)))[None]
 
     def config(text_tokens: int) -> DecodeConfig:
-        marks = 3  # start, voice, task
         stops = tuple(range(codes, lm.speech_embedding.num_embeddings))
-        return decode_config(max(1, text_tokens - marks), ratio, stops, sampler=sampler)
+        return decode_config(max(1, text_tokens - 1), ratio, stops, sampler=sampler)  # 1: the task mark
 
-    return Target(lm, codes, codes, prefix, config, _voice_rows)
+    return Target(lm, codes, codes, prefix, config, partial(_voice_rows, prompts or {}))
 
 
-def _voice_rows(row: dict) -> list[Example]:
+def _voice_rows(prompts: dict[str, dict], row: dict) -> list[Example]:
     """A ``training.Utterance``: its grid shifts are as many renderings of one text."""
     if "phones" not in row:
         return [Example.from_row(row)]
     if row["voice"] not in VOICES:
         raise ValueError(f"voice {row['voice']!r} is none of {', '.join(VOICES)}")
-    text = _ids("phones", prompt(row["phones"], row["voice"]))
-    return [Example(f"{row['id']}/{i}", text, _ids("codes", codes)) for i, codes in enumerate(row["codes"])]
+    shown = prompts.get(row["voice"], {"phones": [], "codes": []})
+    whole = _ids("phones", prompt(row["phones"], row["voice"], shown["phones"]))
+    edge = len(whole) - len(row["phones"]) - 1
+    around = {"prompt_text": whole[:edge], "prompt_speech": _ids("codes", shown["codes"])}
+    return [
+        Example(f"{row['id']}/{i}", whole[edge:], _ids("codes", codes), **around)
+        for i, codes in enumerate(row["codes"])
+    ]
 
 
 def cosyvoice_target(lm: CosyVoiceLM) -> Target:
@@ -152,7 +162,8 @@ def load_target(path: Path) -> Target:
     if (Path(path) / "voice.json").is_file():
         voice = load(path, "cpu")
         ratio = voice.about["token_text_ratio"]
-        return voice_target(voice.target, voice.codec.config.codebook_size, voice.sampler, ratio)
+        prompts = voice.about.get("prompts")
+        return voice_target(voice.target, voice.codec.config.codebook_size, voice.sampler, ratio, prompts)
     return cosyvoice_target(load_cosyvoice(path))
 
 

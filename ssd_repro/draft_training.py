@@ -219,8 +219,8 @@ def train_draft(
 ) -> tuple[SpeechLM, list[dict]]:
     """The paper's draft: bottom layers and head are trained, all else is frozen (``make_draft``).
 
-    -> the draft, and the rows of the log: loss over the steps since the last row; every
-    save_every steps, over ``dev``: dev_loss (cross-entropy), dev_overlap, the mean of sum min(p, q)
+    -> the draft, and the rows of the log: loss over the steps since the last row, gradient_norm
+    of the last step (before it is clipped to 1); every save_every steps, over ``dev``: dev_loss (cross-entropy), dev_overlap, the mean of sum min(p, q)
     over plain softmaxes, and dev_acceptance, the same over the laws sampled from: the acceptance
     rate of plain speculative sampling on these tokens. ``out`` gets log.jsonl, checkpoint.pt
     while it runs, draft.safetensors and draft.json when it is done; the same call goes on from
@@ -349,7 +349,7 @@ class _Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(self.step)
-        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.norm = nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -408,6 +408,7 @@ class _Run:
         row = {
             "step": self.step,
             "loss": loss / tokens,
+            "gradient_norm": float(self.norm),
             "learning_rate": self.settings.rate(self.step - 1),
             "tokens": self.tokens,
         }

@@ -20,7 +20,7 @@ from . import checkpoints, corpus, experiment, metrics
 from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
 from .errors import InputError
 from .sampling import Sampler
-from .speech_lm import SpeechLM, draft_layers
+from .speech_lm import SpeechLM
 from .text import VOICES, language, phone_ids
 from .training import (
     Features,
@@ -35,15 +35,8 @@ from .training import (
 
 # Chosen once, by notebook 15's sweep, before any speculative result was looked at.
 SAMPLER = Sampler(ras_tau=0.3)
-# The draft's layers: a third of 12 and two of them trained, as the paper's 8 of 24. Notebooks 12 and 13 share it.
-DRAFT_LAYERS = (2, 2)
 # Speech tokens per text token: the training corpus lies within 1.3 .. 2.3.
 TOKEN_TEXT_RATIO = (1.2, 2.6)
-
-
-def draft_split(layers: int) -> tuple[int, int]:
-    """(bottom, top) layers of the bundled target's draft; the paper's proportions for other depths."""
-    return DRAFT_LAYERS if layers == 12 else draft_layers(layers)
 
 
 def work_folder(profile: str) -> Path:
@@ -204,20 +197,23 @@ def typical(source: Path, rows: list[dict[str, str]], most: int = 40) -> dict[st
     return rows[int(np.argmax(np.stack(embeddings) @ np.mean(embeddings, 0)))]
 
 
-def choose_examples(
-    source: Path, utterances: list[Utterance]
-) -> tuple[list[dict[str, str]], dict[str, Utterance]]:
-    """A reference (a typical utterance of 5 s or more) and a prompt (another, of 2 to 4 s) for each voice."""
+def choose_examples(source: str | Path, utterances: list[Utterance]) -> tuple[list[dict[str, str]], dict[str, dict]]:
+    """For each voice a reference (a typical utterance of 5 s or more) and a prompt (another, of 2 to 4 s).
+
+    -> the references' rows; voice -> the prompt's id, phones and codes, as voice.json has them.
+    """
+    source = _corpus_folder(source)
     rows = corpus.read_metadata(source / "metadata.csv")
     tokens = {u.id: u for u in utterances}
-    references, shown = [], {}
+    references, prompts = [], {}
     for voice in VOICES:
         mine = [row for row in rows if row["voice"] == voice]
         references.append(typical(source, [r for r in mine if int(r["samples"]) > 5 * SAMPLE_RATE]))
         short = [r for r in mine if r["id"] in tokens and 2 <= int(r["samples"]) / SAMPLE_RATE <= 4]
         if short:
-            shown[voice] = tokens[typical(source, short)["id"]]
-    return references, shown
+            u = tokens[typical(source, short)["id"]]
+            prompts[voice] = {"id": u.id, "phones": u.phones, "codes": u.codes[0]}
+    return references, prompts
 
 
 def write_voice(
@@ -226,13 +222,13 @@ def write_voice(
     target: SpeechLM,
     draft: SpeechLM,
     source: str | Path,
-    utterances: list[Utterance],
+    chosen: list[dict[str, str]],
+    prompts: dict[str, dict],
 ) -> None:
-    """Codec, target, draft, and a reference and a zero-shot prompt of each voice, as one voice folder."""
+    """Codec, target, draft, and ``choose_examples``'s references and prompts, as one voice folder."""
     import soundfile
 
     source = _corpus_folder(source)
-    chosen, shown = choose_examples(source, utterances)
     audio = {row["id"]: soundfile.read(_audio_file(source, row)) for row in chosen}
     references = folder / "references"
     shutil.rmtree(references, ignore_errors=True)
@@ -243,7 +239,7 @@ def write_voice(
     facts = {
         "voices": list(VOICES),
         "references": {row["voice"]: f"{row['id']}.flac" for row in chosen},
-        "prompts": {v: {"id": u.id, "phones": u.phones, "codes": u.codes[0]} for v, u in shown.items()},
+        "prompts": prompts,
         "sampler": vars(SAMPLER),
         "token_text_ratio": list(TOKEN_TEXT_RATIO),
     }

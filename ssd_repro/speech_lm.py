@@ -127,17 +127,15 @@ def small_qwen2(
 def draft_layers(
     layers: int, depth: int | None = None, bottom: int | None = None, top: int | None = None
 ) -> tuple[int, int]:
-    """How many (bottom, top) layers of the target a draft takes: 1/12 and 3/12, as the paper.
+    """How many (bottom, top) layers of the target a draft takes: a third, two of them at the bottom, as the paper.
 
-    At least one each, rounded down: 12 layers -> 1 + 3, 24 -> 2 + 6. ``depth`` asks for so
-    many layers in the same proportion, ``bottom`` and ``top`` for exact numbers. InputError
-    if they do not fit into the target.
+    24 layers -> 2 + 6, 12 -> 2 + 2; of fewer than twelve 1 + 1 and more. One bottom layer
+    cannot both find its place in the text and say what comes next. ``depth`` asks for so many
+    layers in all, ``bottom`` and ``top`` for exact numbers. InputError if they do not fit.
     """
-    if depth is not None:
-        bottom = max(1, depth // 4) if bottom is None else bottom
-        top = depth - bottom if top is None else top
-    bottom = max(1, layers // 12) if bottom is None else bottom
-    top = max(1, layers // 4) if top is None else top
+    third = max(2, layers // 3) if depth is None else depth
+    bottom = max(1, min(2, third // 2)) if bottom is None else bottom
+    top = max(0, third - bottom) if top is None else top
     if bottom < 1 or top < 0 or bottom + top > layers or depth not in (None, bottom + top):
         asked = "" if depth is None else f" (depth {depth})"
         raise InputError(

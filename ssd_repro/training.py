@@ -1,4 +1,4 @@
-"""The steps that make the bundled voice: codec, speech tokens, target, draft.
+"""The steps that make the bundled voice: codec, speech tokens, target (its draft: draft_training.py).
 
 Each step resumes from its own checkpoint; what a step samples depends on
 (seed, step) alone, so a resumed run equals an undisturbed one.
@@ -35,7 +35,7 @@ from .codec import (
     long_term_spectrum,
     stack,
 )
-from .speech_lm import SpeechLM, draft_layers, make_draft, small_qwen2
+from .speech_lm import SpeechLM, draft_layers, small_qwen2
 from .text import SYMBOLS, TEXT_VOCABULARY, VOICES, language, phone_ids, plain_phones, prompt
 
 STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
@@ -459,8 +459,8 @@ class TargetTrainer(nn.Module):
     The phone heads predict, above the draft's bottom layers and from a third and two thirds of
     the depth, the phone that the next speech token belongs to and the one after it: attention
     finds the alignment in hundreds of steps instead of many thousands. With probability
-    ``draft_rate`` a step runs the draft's layers alone (``split``: bottom, top), so that the top
-    layers learn to do without the middle, as LayerSkip's do (Elhoushi et al. 2024).
+    ``draft_rate`` a step runs the layers of the paper's draft alone, so
+    that the top layers learn to do without the middle, as LayerSkip's do (Elhoushi et al. 2024).
     ``short``: utterances of each voice that others follow, the prompts of zero-shot speech.
     """
 
@@ -474,7 +474,6 @@ class TargetTrainer(nn.Module):
         kv_heads: int = 2,
         dropout: float = 0.1,
         flip: float = 0.02,
-        split: tuple[int, int] | None = None,
         draft_rate: float = 0.25,
         short: dict[str, list[Utterance]] | None = None,
     ):
@@ -486,7 +485,7 @@ class TargetTrainer(nn.Module):
         self.embedding = Factored(codec, hidden, 0.3)
         self.head = Factored(codec, hidden, 0.05)
         self.bias = nn.Parameter(torch.zeros(len(self.head.basis)))
-        bottom, top = split or draft_layers(layers)
+        bottom, top = draft_layers(layers)
         self.draft_path = [*range(bottom), *range(layers - top, layers)]
         self.draft_rate, self.short = draft_rate, short or {}
         self.watched = sorted({bottom, layers // 3, 2 * layers // 3})
@@ -681,60 +680,6 @@ def mean_terms(loss: Callable, items: list, batch: int) -> dict[str, float]:
     starts = range(0, len(items), batch)
     found = [loss(items[s : s + batch], random.Random(s)) for s in starts]
     return {k: sum(float(f[k]) for f in found) / len(found) for k in found[0]}
-
-
-# ----------------------------------------------------------------------- draft
-
-
-def train_draft(
-    codec: Codec,
-    target: SpeechLM,
-    train: list[Utterance],
-    dev: list[Utterance],
-    schedule: Schedule,
-    checkpoint: Path,
-    log=print,
-    split: tuple[int, int] | None = None,
-    short: dict[str, list[Utterance]] | None = None,
-) -> tuple[SpeechLM, list[dict]]:
-    """The paper's draft (Eq. 7): bottom layers and head trained by cross-entropy, the rest frozen.
-
-    ``dev_overlap`` in the log is the mean of sum min(p, q) over raw softmaxes:
-    the acceptance rate of plain speculative sampling on real speech.
-    """
-    torch.manual_seed(schedule.seed)
-    bottom, top = split or (None, None)
-    draft = make_draft(target, bottom=bottom, top=top)
-
-    def logits_of(lm: SpeechLM, rows: Rows) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            embedded = embed(rows, lm.model.embed_tokens.weight, lm.speech_embedding.weight)
-            hidden = lm.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            return lm.head(hidden[rows.spoken]).float()
-
-    def loss(batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
-        rows = layout(batch, rng, codec, 0.0, followed(batch, rng, short or {}))
-        logits = logits_of(draft, rows)
-        terms = {"total": F.cross_entropy(logits, rows.labels)}
-        if not draft.training:
-            p, q = logits.softmax(-1), logits_of(target, rows).softmax(-1)
-            terms["overlap"] = torch.minimum(p, q).sum(-1).mean()
-        return terms
-
-    target.eval()
-    groups = [{"params": [p for p in draft.parameters() if p.requires_grad]}]
-    rows = fit(
-        draft,
-        groups,
-        loss,
-        train,
-        lambda u: len(u.codes[0]),
-        schedule,
-        checkpoint,
-        dev,
-        log,
-    )
-    return draft, rows
 
 
 def read_utterances(path: Path) -> list[Utterance]:

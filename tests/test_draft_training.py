@@ -152,6 +152,8 @@ def test_accumulation_changes_nothing(world, tmp_path):
     train(world, tmp_path / "whole", steps=4)
     train(world, tmp_path / "parts", steps=4, accumulate=4)
     assert_close(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    for mine, other in zip(log_rows(tmp_path / "whole"), log_rows(tmp_path / "parts"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
 
 
 def test_samples_are_made_once(world, on_policy, tmp_path, monkeypatch):
@@ -248,23 +250,25 @@ def test_the_loss_is_the_mean_over_all_tokens_after_the_prompt(loss, tmp_path):
         Example("c", ids(3, 5), ids(5, 13), stopped=False),
     ]
     draft, total, count, overlap, sampled = make_draft(lm), 0.0, 0, 0.0, 0.0
-    with torch.no_grad():
-        for one in examples:
-            said = one.speech.tolist()
-            labels = torch.tensor(said + [13] * one.stopped)
-            p, q = (reference_logits(target, model, one)[: len(labels)] for model in (draft, lm))
-            past = torch.tensor([([-1] * 3 + said[:i])[-3:] for i in range(len(labels))])
-            p_law, q_law = (probabilities(logits, past, sampler) for logits in (p, q))
-            ce = F.cross_entropy(p, labels, reduction="sum")
-            kl = (torch.xlogy(q_law, q_law) - q_law * p.log_softmax(-1)).sum()
-            total += float(ce if loss == "ce" else kl)
-            overlap += float(torch.minimum(p.softmax(-1), q.softmax(-1)).sum())
-            sampled += float(torch.minimum(p_law, q_law).sum())
-            count += len(labels)
+    for one in examples:
+        said = one.speech.tolist()
+        labels = torch.tensor(said + [13] * one.stopped)
+        p, q = (reference_logits(target, model, one)[: len(labels)] for model in (draft, lm))
+        past = torch.tensor([([-1] * 3 + said[:i])[-3:] for i in range(len(labels))])
+        p_law, q_law = (probabilities(logits.detach(), past, sampler) for logits in (p, q))
+        ce = F.cross_entropy(p, labels, reduction="sum")
+        kl = (torch.xlogy(q_law, q_law) - q_law * p.log_softmax(-1)).sum()
+        total = total + (ce if loss == "ce" else kl)
+        overlap += float(torch.minimum(p.detach().softmax(-1), q.detach().softmax(-1)).sum())
+        sampled += float(torch.minimum(p_law, q_law).sum())
+        count += len(labels)
     assert count == 10 + 3 + 5
-    settings = Settings(1, loss=loss, batch=3, precision="fp32", learning_rate=1e-9)
+    (total / count).backward()
+    norm = torch.stack([value.grad.norm() for value in draft.parameters() if value.requires_grad]).norm()
+    settings = Settings(1, loss=loss, batch=3, accumulate=2, precision="fp32", learning_rate=1e-9)
     row = draft_training.train_draft(target, examples, examples, settings, tmp_path, log=lambda _: None)[1][0]
-    assert row["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert row["loss"] == pytest.approx(float(total) / count, rel=1e-5)
+    assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["dev_overlap"] == pytest.approx(overlap / count, rel=1e-5)
     assert row["dev_acceptance"] == pytest.approx(sampled / count, rel=1e-4)
 

@@ -59,11 +59,13 @@ def test_one_model_serves_several_sequences():
 @pytest.mark.parametrize(
     "layers, asked, want",
     [
-        (12, {}, (1, 3)),
+        (12, {}, (2, 2)),
         (24, {}, (2, 6)),
-        (16, {}, (1, 4)),
+        (16, {}, (2, 3)),
+        (6, {}, (1, 1)),
         (2, {}, (1, 1)),
-        (12, {"depth": 4}, (1, 3)),
+        (12, {"depth": 4}, (2, 2)),
+        (12, {"depth": 1}, (1, 0)),
         (24, {"depth": 8}, (2, 6)),
         (12, {"depth": 6, "bottom": 3}, (3, 3)),
         (12, {"bottom": 2, "top": 0}, (2, 0)),
@@ -88,7 +90,7 @@ def test_make_draft_shares_what_the_paper_shares():
     draft = make_draft(target)
     layers = draft.model.layers
     assert len(layers) == 4 and [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2, 3]
-    for place, source in enumerate([0, 9, 10, 11]):
+    for place, source in enumerate([0, 1, 10, 11]):
         ours = dict(layers[place].named_parameters())
         for name, theirs in target.model.layers[source].named_parameters():
             assert (ours[name] is theirs) == (place > 0) and torch.equal(ours[name], theirs)
