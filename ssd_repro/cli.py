@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import stat
 import sys
 import tempfile
 import warnings
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from .errors import InputError
@@ -207,7 +208,7 @@ def parameters_for(kinds: dict[Path, dict[str, str]], profile: dict, given: list
             raise InputError(f"unknown parameter {name!r}: choose one of {', '.join(every)}")
     values = {name: value for name, value in profile.items() if name in every}
     for name, value in values.items():
-        if not fits(value, every[name]):
+        if value is not None and not fits(value, every[name]):
             raise InputError(f"the profile's {name} must be {every[name]}, got {value!r}")
     values |= {name: parse_value(name, text, every[name]) for name, text in given}
     return {path: {n: v for n, v in values.items() if n in declared} for path, declared in kinds.items()}
@@ -222,7 +223,7 @@ def check_profile(folder: Path, name: str, profile: dict) -> None:
 
 
 def run_notebooks(options) -> int:
-    from .experiment import locked, results_folder
+    from .experiment import locked, process, results_folder
 
     folder = notebooks_folder()
     chosen = choose_notebooks(folder, options.only)
@@ -232,12 +233,68 @@ def run_notebooks(options) -> int:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give the name of a folder")
     parameters = parameters_for({path: declared(path) for path in chosen}, profile, options.parameters)
+    check_given(options.profile, parameters)
+    fixed = {"profile": options.profile, "out": _as_typed(out)}
+    rank, world = process()
     code = 0
-    with locked(out / ".run.lock"):
+    with nullcontext() if rank else locked(out / ".run.lock"):
+        if world > 1:
+            share_rows({path: fixed | parameters[path] for path in chosen})
+            if rank:
+                return 0
         for path in chosen:
-            fixed = {"profile": options.profile, "out": _as_typed(out)}
             code = max(code, execute(path, out, fixed | parameters[path]))
     return code
+
+
+def check_given(name: str, parameters: dict[Path, dict]) -> None:
+    """InputError if a parameter that the profile leaves open (null) was not set with -p."""
+    import papermill
+
+    for path, values in parameters.items():
+        for open_one in (n for n, value in values.items() if value is None):
+            about = papermill.inspect_notebook(str(path))[open_one]["help"]
+            raise InputError(f"profile {name} needs -p {open_one} VALUE: {about}")
+
+
+# Several processes: torchrun, accelerate launch
+
+
+def share_rows(parameters: dict[Path, dict]) -> None:
+    """Each process makes the rows of its share of utterances; returns when all have.
+
+    A process runs a notebook's own statements up to its last ``experiment.run``, which knows
+    the process's rank. What follows (tables, figures) is left to rank 0, which afterwards
+    executes the notebooks alone and finds all rows made.
+    """
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    for path, values in parameters.items():
+        if code := code_of_rows(path):
+            space = {"__name__": "__main__"}
+            injected = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
+            first, *rest = code
+            for source in (first, injected, *rest):
+                exec(compile(source, path.name, "exec", dont_inherit=True), space)
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
+    dist.barrier()
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the notebooks run in one process
+        os.environ.pop(name, None)
+
+
+def code_of_rows(path: Path) -> list[str]:
+    """The parameters cell of a notebook and its statements up to the last ``experiment.run``; [] without."""
+    import nbformat
+
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    statements = [(i > 0, ast.unparse(s)) for i, cell in enumerate(cells) for s in ast.parse(cell).body]
+    last = max((i for i, (_, code) in enumerate(statements) if "experiment.run(" in code), default=None)
+    if last is None:
+        return []
+    return [cells[0], *(code for body, code in statements[: last + 1] if body)]
 
 
 def _as_typed(path: Path) -> str:

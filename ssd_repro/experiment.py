@@ -3,6 +3,9 @@
 Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins.
 A row's key is over its settings, the weights, the code and the machine: rows of another
 model, code or machine stay in the file, but are never used for this one.
+
+Several processes (torchrun, ``accelerate launch``) share the utterances: each writes
+``<name>.rank<r>.jsonl``, and the next run in one process puts those into ``<name>.jsonl``.
 """
 
 from __future__ import annotations
@@ -91,13 +94,16 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
     context = {**where(voice.device), "weights": voice.weights_id, "code": code_revision(),
                "repeats": repeats, "whisper": whisper or "base"}  # fmt: skip
+    rank, world = process()
+    utterances = utterances[rank::world]
     grid = [[(system, row_settings(system, said, context)) for system in systems] for said in utterances]
     keys = [key(settings) for cells in grid for _, settings in cells]
 
-    path = Path(folder) / "rows" / f"{name}.jsonl"
-    with locked(path.with_suffix(".lock")):
+    with locked_rows(folder, name, rank) as path:
+        if world == 1:
+            merge_rows(path)
         drop_half_line(path)
-        done = {row["key"] for row in read_rows(path)}
+        done = {row["key"] for row in known_rows(path)}
         if set(keys) - done:
             for system in systems:
                 voice.speak(WARM_UP, voice=utterances[0].voice, seed=0, **system.arguments())
@@ -106,7 +112,7 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
             missing = [(system, s) for system, s in turn if key(s) not in done]
             for row in decode_and_measure(voice, missing, utterances[i], repeats, whisper):
                 append_row(path, row)
-        rows = {row["key"]: row for row in read_rows(path)}
+        rows = {row["key"]: row for row in known_rows(path)}
     return to_frame(rows[k] for k in keys)
 
 
@@ -170,12 +176,12 @@ def code_revision() -> str:
 
 
 def where(device) -> dict:
-    """The machine, as far as timings depend on it."""
+    """The machine, as far as timings depend on it; which of several GPUs it was does not count."""
     import torch
 
     kind = str(device).partition(":")[0]
     chip = torch.cuda.get_device_name(device) if kind == "cuda" else _processor()
-    return {"device": str(device), "chip": chip, "threads": torch.get_num_threads(),
+    return {"device": kind, "chip": chip, "threads": torch.get_num_threads(),
             "torch": torch.__version__}  # fmt: skip
 
 
@@ -187,17 +193,65 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+# Several processes
+
+
+def process() -> tuple[int, int]:
+    """(rank, how many processes), as torchrun and ``accelerate launch`` set them; (0, 1) alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def locked_rows(folder, name: str, rank: int = 0):
+    """The rows file that this process alone may write; that of rank 0 of many is locked as ``name`` itself."""
+    own = Path(folder) / "rows" / f"{name}.jsonl"
+    if process()[1] > 1:
+        own = own.with_suffix(f".rank{rank}.jsonl")
+    lock = own.with_name(f"{name}.lock" if rank == 0 else f"{name}.rank{rank}.lock")
+    with locked(lock):
+        yield own
+
+
+def rank_files(path: Path) -> list[Path]:
+    """What several processes wrote for the rows file ``path`` (or for that of which it is a part)."""
+    return sorted(path.parent.glob(f"{path.name.partition('.')[0]}.rank*.jsonl"))
+
+
+def known_rows(path: Path) -> list[dict]:
+    """The rows of a rows file and of every process's part of it."""
+    whole = path.with_name(path.name.partition(".")[0] + ".jsonl")
+    return [row for part in (whole, *rank_files(path)) for row in read_rows(part)]
+
+
+def merge_rows(path: Path) -> None:
+    """Put the processes' parts into ``path``, each key once, and remove them.
+
+    A part is removed when its rows are on the disk; killed before, the next merge finds
+    their keys there and adds none twice. InputError while a process still writes.
+    """
+    drop_half_line(path)
+    for part in rank_files(path):
+        with locked(part.with_suffix(".lock")):
+            known = {row["key"] for row in read_rows(path)}
+            append_rows(path, {r["key"]: r for r in read_rows(part) if r["key"] not in known}.values())
+            part.unlink()
+
+
 # Rows on the disk
 
 
 def append_row(path: Path, row: dict) -> None:
     """Add one line and wait until it is on the disk; on a full disk leave the file as it was."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+    append_rows(path, [row])
+
+
+def append_rows(path: Path, rows) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         with path.open("ab") as handle:
             size = handle.tell()
             try:
-                handle.write(line.encode())
+                handle.write(lines.encode())
                 handle.flush()
                 os.fsync(handle.fileno())
             except OSError:

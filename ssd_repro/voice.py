@@ -265,5 +265,7 @@ def load(path: str | Path | None = None, device: str = "auto") -> Voice:
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # of several processes on a machine each takes its own GPU
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     folder = Path(path) if path else checkpoints.BUNDLED
     return Voice(*checkpoints.load_voice(folder), folder, device)
