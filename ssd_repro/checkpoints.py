@@ -1,4 +1,4 @@
-"""The bundled voice on disk: fp16 safetensors and one voice.json that vouches for them."""
+"""Models on disk: the bundled voice and a trained draft, safetensors and the JSON that vouches for them; CosyVoice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .codec import Codec, CodecConfig
+from .cosyvoice_lm import load_cosyvoice  # noqa: F401  the third kind of file, read beside its ids
 from .errors import InputError
 from .speech_lm import SpeechLM, make_draft, small_qwen2
 
@@ -21,6 +22,15 @@ PARTS = ("codec", "target", "draft")
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights_sha256(lm: nn.Module) -> str:
+    """SHA-256 over a model's weights, each as bf16: fp32 and bf16 copies of one model have the same."""
+    digest = hashlib.sha256()
+    for name, value in sorted(lm.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, facts: dict) -> None:
@@ -114,3 +124,79 @@ def _fill(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
         raise InputError(
             f"{path} does not fit its description in voice.json: {str(error).splitlines()[-1].strip()}"
         ) from None
+
+
+# A trained draft, beside its target
+
+DRAFT_FILES = ("draft.json", "draft.safetensors")
+
+
+def save_draft(folder: Path, draft: SpeechLM, target: SpeechLM, facts: dict) -> None:
+    """Write draft.safetensors, what the draft does not share with the target, fp32, and draft.json.
+
+    draft.json comes last, beside and renamed: where it is, the draft is whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {name: p.detach().float().cpu().contiguous() for name, p in draft.named_parameters() if p.requires_grad}
+    weights, part = folder / DRAFT_FILES[1], folder / f".{DRAFT_FILES[1]}.part"
+    save_file(own, part)
+    part.chmod(0o644)
+    part.replace(weights)
+    bottom = len({name.split(".")[2] for name in own if name.startswith("model.layers.")})
+    about = {
+        "format": FORMAT,
+        "layers": {"bottom": bottom, "top": len(draft.model.layers) - bottom},
+        "target": weights_sha256(target),
+        **facts,
+        "sha256": sha256(weights),
+    }
+    part = folder / f".{DRAFT_FILES[0]}.part"
+    part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    part.replace(folder / DRAFT_FILES[0])
+
+
+def read_draft_facts(folder: Path) -> dict:
+    """What draft.json says; InputError if it is missing or cannot be read."""
+    path = Path(folder) / DRAFT_FILES[0]
+    if not path.is_file():
+        raise InputError(f"{path} is missing: a draft folder holds {' and '.join(DRAFT_FILES)}, made by ssd-repro train-draft")
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        found = about["format"]
+        about["layers"]["bottom"], about["layers"]["top"], about["target"], about["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as the description of a draft ({error})") from None
+    if found != FORMAT:
+        raise InputError(f"{path} has format {found!r}: this version reads format {FORMAT}")
+    return about
+
+
+def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
+    """The draft that ``ssd-repro train-draft`` wrote, on the target's parameters, device and dtype.
+
+    target: fp32 or bf16 (cast it to fp16 only afterwards: it is known by its weights as bf16).
+    InputError if a file is missing or damaged, or if the draft is of another target.
+    """
+    folder = Path(folder)
+    about, path = read_draft_facts(folder), folder / DRAFT_FILES[1]
+    if not path.is_file():
+        raise InputError(f"{path} is missing: copy the whole draft folder")
+    if (found := sha256(path)) != about["sha256"]:
+        raise InputError(
+            f"{path} is damaged or from another draft: its SHA-256 begins with {found[:12]}, draft.json says "
+            f"{str(about['sha256'])[:12]}"
+        )
+    if (found := weights_sha256(target)) != about["target"]:
+        raise InputError(
+            f"the draft in {folder} was trained for another target: the SHA-256 of its weights begins with "
+            f"{str(about['target'])[:12]}, that of this one with {found[:12]}"
+        )
+    draft = make_draft(target, **about["layers"])
+    own = {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    state = load_file(path)
+    if state.keys() != own.keys():
+        raise InputError(f"{path} holds other tensors than a draft of {about['layers']} layers")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+    return draft.eval()

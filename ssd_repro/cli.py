@@ -1,4 +1,4 @@
-"""The command ``ssd-repro``: speak, run. Bad input is one sentence on stderr and exit code 2."""
+"""The command ``ssd-repro``: speak, run, train-draft. Bad input is one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from .errors import InputError
 FIRST_TRAINING = "10"  # notebooks numbered from here on train: they run with --only alone
 
 
+def _first_process() -> bool:
+    """Of those that torchrun or accelerate launched; what all of them would say, this one says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if _first_process() else "")
 
 
 def _number(convert, what: str):
@@ -35,7 +40,7 @@ def _number(convert, what: str):
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run")
+    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|train-draft")
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
@@ -60,6 +65,33 @@ def parser() -> Parser:
     run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                      help="set a parameter of the notebooks, over the profile's")  # fmt: skip
     run.set_defaults(function=run_notebooks)
+
+    train = commands.add_parser("train-draft", help="train a draft for a target; alone, or under accelerate launch or torchrun")
+    train.add_argument("--target", type=Path, required=True, metavar="DIR", help="a voice folder")
+    train.add_argument("--data", type=Path, required=True, metavar="DIR", help="rows of text and speech tokens, *.jsonl[.gz]")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR",
+                       help="draft.json, draft.safetensors, log.jsonl; the same command goes on where a killed one was")  # fmt: skip
+    train.add_argument("--recipe", default="paper", metavar="paper|on-policy", help="learn from the data's speech (default), "
+                       "or from the target's own speech to the data's texts")  # fmt: skip
+    train.add_argument("--loss", default="", metavar="ce|kl", help="default ce for the paper's recipe, kl for on-policy")
+    train.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    train.add_argument("--precision", default="bf16", metavar="bf16|fp32", help="default bf16")
+    whole, some = _number(int, "a whole number"), _number(float, "a number")
+    for name, kind, default, text in (
+        ("steps", whole, 20_000, "optimiser steps"),
+        ("batch", whole, 64, "utterances a step, over all processes"),
+        ("accumulate", whole, 1, "parts that a process's share of the batch is cut into"),
+        ("learning-rate", some, 3e-4, "the highest, after the warm-up"),
+        ("warmup", whole, 200, "steps until then"),
+        ("weight-decay", some, 0.05, "AdamW's"),
+        ("seed", whole, 0, "decides batches, samples and what is held out"),
+        ("save-every", whole, 200, "steps between checkpoints"),
+        ("held-out", whole, 64, "rows that are only evaluated on"),
+        ("longest", whole, 1500, "speech tokens; longer rows are left out"),
+    ):
+        train.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default {default}")
+    train.add_argument("--samples", type=whole, metavar="N", help="rows that the on-policy recipe speaks; default all")
+    train.set_defaults(function=run_train_draft)
     return top
 
 
@@ -69,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.function(options)
     except InputError as error:
-        print(f"ssd-repro: {error}", file=sys.stderr)
+        if _first_process():
+            print(f"ssd-repro: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ssd-repro: interrupted", file=sys.stderr)
@@ -134,6 +167,27 @@ def describe(take, out: str | None) -> str:
         )
     lines.append(f"written to {out}" if out else "no sound was written: add --out FILE.wav")
     return "\n".join(lines)
+
+
+# train-draft
+
+
+def run_train_draft(options) -> int:
+    from dataclasses import fields
+
+    from . import draft_training
+
+    names = [field.name for field in fields(draft_training.Settings)]
+    settings = draft_training.Settings(**{name: getattr(options, name) for name in names})
+    rest = {name: getattr(options, name) for name in ("held_out", "longest", "samples", "device")}
+    draft_training.train(options.target, options.data, options.out, settings, **rest, log=_to_stderr)
+    if _first_process():
+        print(options.out / "draft.json")
+    return 0
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 # run

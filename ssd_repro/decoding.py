@@ -31,7 +31,8 @@ class DecodeConfig:
 
     max_tokens    the sequence is at most so long (the last drafts are shortened)
     stop_ids      tokens that end the sequence; they do not stand in the result
-    min_tokens    stop_ids are banned, for draft and target, at positions below this
+    min_tokens    banned_ids are banned, for draft and target, at positions below this
+    banned_ids    None: all stop_ids
     draft_length  L_d, the paper's 3
     tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's law
     time_phases   on CUDA, wait for the device at each phase's end: without it the seconds of
@@ -42,6 +43,7 @@ class DecodeConfig:
     max_tokens: int
     min_tokens: int = 0
     stop_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...] | None = None
     draft_length: int = 3
     tolerance: float = 0.4
     time_phases: bool = False
@@ -51,12 +53,18 @@ class DecodeConfig:
             raise InputError(f"sampler is {self.sampler!r}; it must be a Sampler.")
         check_number("max_tokens", self.max_tokens, 1, 1_000_000, whole=True)
         check_number("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
-        if not isinstance(self.stop_ids, tuple):
-            raise InputError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
-        for token in self.stop_ids:
-            check_number("a token of stop_ids", token, 0, 10_000_000, whole=True)
+        for name, ids in (("stop_ids", self.stop_ids), ("banned_ids", self.banned)):
+            if not isinstance(ids, tuple):
+                raise InputError(f"{name} is {ids!r}; it must be a tuple of token ids.")
+            for token in ids:
+                check_number(f"a token of {name}", token, 0, 10_000_000, whole=True)
         check_number("draft_length", self.draft_length, 1, 64, whole=True)
         check_number("tolerance", self.tolerance, 0.0, 1.0)
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """What min_tokens bans: banned_ids, or all stop_ids."""
+        return self.stop_ids if self.banned_ids is None else self.banned_ids
 
 
 @dataclass(frozen=True)
@@ -225,14 +233,13 @@ def _decode(
 
 
 def _tape(config: DecodeConfig, logits: Tensor) -> Tape:
-    """An empty tape for logits (1, V); InputError if a stop token is outside the vocabulary."""
+    """An empty tape for logits (1, V); InputError if a stop or banned token is outside the vocabulary."""
     vocab = logits.shape[-1]
-    if max(config.stop_ids, default=0) >= vocab:
-        raise InputError(
-            f"stop_ids has {max(config.stop_ids)}; the model's token ids end at {vocab - 1}."
-        )
+    for name, ids in (("stop_ids", config.stop_ids), ("banned_ids", config.banned)):
+        if max(ids, default=0) >= vocab:
+            raise InputError(f"{name} has {max(ids)}; the model's token ids end at {vocab - 1}.")
     mask = torch.zeros(vocab, dtype=torch.bool)
-    mask[list(config.stop_ids)] = True
+    mask[list(config.banned)] = True
     return Tape(config.sampler, config.max_tokens, mask.to(logits.device), config.min_tokens)
 
 

@@ -44,12 +44,12 @@ class Tape:
     """
 
     def __init__(
-        self, sampler: Sampler, capacity: int, stop_mask: Tensor, min_tokens: int = 0
+        self, sampler: Sampler, capacity: int, ban_mask: Tensor, min_tokens: int = 0
     ) -> None:
-        """capacity: cells, in tokens; stop_mask: bool (V,), banned at positions < min_tokens."""
-        self.sampler, self.stop_mask, self.min_tokens = sampler, stop_mask, min_tokens
+        """capacity: cells, in tokens; ban_mask: bool (V,), banned at positions < min_tokens."""
+        self.sampler, self.ban_mask, self.min_tokens = sampler, ban_mask, min_tokens
         self.pad = sampler.ras_window if sampler.ras else 1
-        self.cells = stop_mask.new_full((self.pad + capacity,), -1, dtype=torch.int64)
+        self.cells = ban_mask.new_full((self.pad + capacity,), -1, dtype=torch.int64)
         self.size = 0
 
     def tokens(self, start: int, end: int) -> Tensor:
@@ -68,10 +68,10 @@ class Tape:
         history = self.cells[first : first + self.pad + n - 1].unfold(0, self.pad, 1)
         banned = None
         if first + n <= self.min_tokens:
-            banned = self.stop_mask
+            banned = self.ban_mask
         elif first < self.min_tokens:
             position = torch.arange(first, first + n, device=logits.device)
-            banned = (position < self.min_tokens)[:, None] & self.stop_mask
+            banned = (position < self.min_tokens)[:, None] & self.ban_mask
         return probabilities(logits, history, self.sampler, banned)
 
 

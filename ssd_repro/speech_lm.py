@@ -26,9 +26,13 @@ class SpeechLM(nn.Module):
         self.speech_embedding = nn.Embedding(speech_vocab, hidden)
         self.head = nn.Linear(hidden, speech_vocab, bias=bias)
 
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        """Without a cache, causal: (B, T, hidden) -> logits (B, T, V). Pad batches on the right."""
-        return self.head(_decode(self.model, inputs_embeds, 0, None))
+    def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
+        """Without a cache, causal: (B, T, hidden) -> logits (B, T, V). Pad batches on the right.
+
+        at: bool (B, T), of n places -> the logits of these alone, (n, V).
+        """
+        hidden = _decode(self.model, inputs_embeds, 0, None)
+        return self.head(hidden if at is None else hidden[at])
 
     def session(self) -> Session:
         return Session(self)

@@ -134,6 +134,13 @@ def _umask() -> int:
     return mask
 
 
+def decode_config(phones: int, ratio: tuple[float, float], stop_ids: tuple[int, ...], **fields) -> DecodeConfig:
+    """Upstream's rule of lengths with our ``ratio``: least and most speech tokens a text token."""
+    low, high = ratio
+    lengths = {"max_tokens": math.ceil(phones * high) + TOKEN_RATE, "min_tokens": math.floor(phones * low)}
+    return DecodeConfig(**({"stop_ids": stop_ids} | lengths | fields))
+
+
 class Voice:
     """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
 
@@ -166,18 +173,11 @@ class Voice:
         return check_text(text)
 
     def config(self, phones: int, tolerance: float, draft_length: int, **other) -> DecodeConfig:
-        """Decoding settings for a sentence of ``phones`` text tokens (CosyVoice's token-text ratios, ours)."""
-        low, high = self.about["token_text_ratio"]
-        book = self.codec.config.codebook_size
-        settings = dict(
-            sampler=self.sampler,
-            max_tokens=math.ceil(phones * high) + TOKEN_RATE,
-            min_tokens=math.floor(phones * low),
-            stop_ids=tuple(range(book, self.about["speech_vocab"])),
-            draft_length=draft_length,
-            tolerance=tolerance,
-        )
-        return DecodeConfig(**(settings | other))
+        """Decoding settings for a sentence of ``phones`` text tokens."""
+        book, ratio = self.codec.config.codebook_size, self.about["token_text_ratio"]
+        stops = tuple(range(book, self.about["speech_vocab"]))
+        settings = {"sampler": self.sampler, "tolerance": tolerance, "draft_length": draft_length}
+        return decode_config(phones, ratio, stops, **(settings | other))
 
     def prefix(self, phones: list[int], voice: str) -> Tensor:
         """Prompt embeddings (1, T, hidden): [start][voice][phones...][task]."""
