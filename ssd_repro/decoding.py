@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,8 +36,6 @@ class DecodeConfig:
     banned_ids    None: all stop_ids
     draft_length  L_d, the paper's 3
     tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's law
-    time_phases   on CUDA, wait for the device at each phase's end: without it the seconds of
-                  the single phases there say when work was queued, only their sum is right
     """
 
     sampler: Sampler = field(default_factory=Sampler)
@@ -46,7 +45,6 @@ class DecodeConfig:
     banned_ids: tuple[int, ...] | None = None
     draft_length: int = 3
     tolerance: float = 0.4
-    time_phases: bool = False
 
     def __post_init__(self):
         if not isinstance(self.sampler, Sampler):
@@ -93,8 +91,8 @@ class DecodeResult:
     """tokens without the stop token; stopped: by one, rather than by max_tokens.
 
     target_calls and draft_calls count forward passes, the prefill among them. seconds:
-    prefill, draft, verify (the target's forwards, the sampling and the judging) and rest;
-    the time inside on_tokens is in none of them.
+    prefill, draft, verify (the target's forwards, the sampling and the judging) and rest, by
+    CUDA events on a CUDA device; the time inside on_tokens is in none of them.
     """
 
     tokens: tuple[int, ...]
@@ -152,6 +150,7 @@ def autoregressive(
     prefix: embeddings (1, T, hidden); generator: on the prefix's device; on_tokens is called
     with each round's new speech tokens. NumericsError if the logits turn NaN.
     """
+    _check_room(target, prefix, config)
     return _decode(target, None, prefix, config, generator, on_tokens)
 
 
@@ -173,6 +172,8 @@ def speculative(
     """
     make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
     own = prefix if draft_prefix is None else draft_prefix
+    _check_room(target, prefix, config)
+    _check_room(draft, own, config)
     return _decode(target, partial(make, own), prefix, config, generator, on_tokens)
 
 
@@ -186,13 +187,13 @@ def _decode(
     on_tokens: OnTokens | None,
 ) -> DecodeResult:
     """The loop. The first token comes from the prefill; one host read a round (``_judge``)."""
-    watch = _Stopwatch(prefix.device if config.time_phases else None)
+    clock = _Clock(prefix.device)
     session = target.session()
     logits = session.prefill(prefix)  # (1, V)
     start, target_calls = session.length, 1
     tape = _tape(config, logits)
     drafter = make_drafter() if make_drafter else None
-    watch.lap("prefill")
+    clock.lap("prefill")
 
     tokens: list[int] = []
     rounds: list[Round] = []
@@ -203,13 +204,13 @@ def _decode(
         drafted, p = tape.tokens(tape.size, tape.size), logits[:0].float()
         if count:
             drafted, p = drafter.propose(tape, count, generator)
-        watch.lap("draft")
+        clock.lap("draft")
         if rounds:
             logits = session.extend(tape.tokens(tape.size - 1, tape.size + count)[None])[0]
             target_calls += 1
         q = tape.law(logits, tape.size)  # (count + 1, V)
         accepted, proposal, news = _judge(p, q, drafted, tape, config, generator)
-        watch.lap("verify")
+        clock.lap("verify")
 
         stop = next((i for i, token in enumerate(news) if token in config.stop_ids), None)
         stopped = stop is not None
@@ -222,14 +223,24 @@ def _decode(
             drafter.rollback(tape.size)
         speech = news[:-1] if stopped else news
         tokens += speech
-        watch.lap("rest")
+        clock.lap("rest")
         if on_tokens and speech:
             on_tokens(speech)
-            watch.lap(None)
+            clock.lap(None)
     draft_calls = drafter.calls if drafter else 0
     return DecodeResult(
-        tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, watch.seconds
+        tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, clock.seconds()
     )
+
+
+def _check_room(model, prefix: Tensor, config: DecodeConfig) -> None:
+    """InputError, before any work, if the model's caches (static.StaticLM) are too short for this."""
+    limit, needed = getattr(model, "max_length", None), prefix.shape[1] + config.max_tokens
+    if limit is not None and needed > limit:
+        raise InputError(
+            f"a prefix of {prefix.shape[1]} positions and max_tokens {config.max_tokens} need {needed} "
+            f"positions; the static cache has max_length {limit}: make it larger, or max_tokens smaller."
+        )
 
 
 def _tape(config: DecodeConfig, logits: Tensor) -> Tape:
@@ -274,22 +285,46 @@ def _round(proposal: list[int], accepted: int, emitted: int) -> Round:
     return Round(count, accepted, emitted, "bonus" if count else "sampled")
 
 
-class _Stopwatch:
-    """Adds up the seconds of each phase; waits for ``device`` first if it is a CUDA one."""
+class _Clock:
+    """Marks the phases as they go by and adds them up at the end: nothing waits in between.
 
-    def __init__(self, device: torch.device | None) -> None:
-        self.device = device if device is not None and device.type == "cuda" else None
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.last = self._now()
+    On CUDA the marks are events in the device's stream, so a phase lasts from the end of the
+    work before it to the end of its own; elsewhere they are the host's time.
+    """
 
-    def _now(self) -> float:
-        if self.device is not None:
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks = [(None, self._mark())]
+
+    def _mark(self) -> _HostMark | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return _HostMark()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def lap(self, phase: str | None) -> None:
         """Book the time since the last lap under ``phase``; None: nowhere."""
-        now = self._now()
-        if phase is not None:
-            self.seconds[phase] += now - self.last
-        self.last = now
+        self.marks.append((phase, self._mark()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each of PHASES; waits for the last mark."""
+        self.marks[-1][1].synchronize()
+        total = dict.fromkeys(PHASES, 0.0)
+        for (_, start), (phase, end) in pairwise(self.marks):
+            if phase is not None:
+                total[phase] += start.elapsed_time(end) / 1000
+        return total
+
+
+class _HostMark:
+    """Now on the host's clock, read like a torch.cuda.Event."""
+
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _HostMark) -> float:
+        return 1000 * (end.at - self.at)

@@ -92,7 +92,7 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
     for said in utterances:  # before any work
         for system in systems:
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
-    context = {**where(voice.device), "weights": voice.weights_id, "code": code_revision(),
+    context = {**where(voice.device), **voice.engine, "weights": voice.weights_id, "code": code_revision(),
                "repeats": repeats, "whisper": whisper or "base"}  # fmt: skip
     rank, world = process()
     utterances = utterances[rank::world]

@@ -6,9 +6,11 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2Config, Qwen2Model
+from transformers import Cache, DynamicCache, Qwen2Config, Qwen2Model
 
 from .errors import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class SpeechLM(nn.Module):
@@ -37,6 +39,18 @@ class SpeechLM(nn.Module):
     def session(self) -> Session:
         return Session(self)
 
+    def cast(self, precision: str) -> SpeechLM:
+        """Parameters to 'fp32' or 'bf16', in place; a draft's shared ones change with its target's.
+
+        The rotary frequencies stay float32: ``to(torch.bfloat16)`` would round them too, and
+        at position 500 that is an angle wrong by up to a radian. InputError for another name.
+        """
+        if precision not in PRECISIONS:
+            raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(PRECISIONS[precision])
+        return self
+
 
 class Session:
     """One sequence of a SpeechLM: it owns the cache, the model holds none.
@@ -45,9 +59,9 @@ class Session:
     is read from the device and another cache can take the place of DynamicCache.
     """
 
-    def __init__(self, lm: SpeechLM) -> None:
+    def __init__(self, lm: SpeechLM, cache: Cache | None = None) -> None:
         self.lm = lm
-        self.cache = DynamicCache(config=lm.model.config)
+        self.cache = DynamicCache(config=lm.model.config) if cache is None else cache
         self.length = 0
 
     def prefill(self, prefix: Tensor) -> Tensor:
@@ -73,7 +87,7 @@ class Session:
         return hidden
 
 
-def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: DynamicCache | None) -> Tensor:
+def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: Cache | None) -> Tensor:
     """Run the decoder on (B, n, hidden) after ``past`` cached positions -> (B, n, hidden).
 
     transformers would build its mask anew each call; of the three cases only the last needs

@@ -23,7 +23,8 @@ from .codec import SAMPLE_RATE, TOKEN_RATE, Codec
 from .decoding import DecodeConfig, DecodeResult, autoregressive, speculative
 from .errors import InputError
 from .sampling import Sampler, check_number
-from .speech_lm import SpeechLM
+from .speech_lm import PRECISIONS, SpeechLM
+from .static import StaticLM
 from .text import check_text, phone_ids, prompt, sentences
 
 METHODS = ("autoregressive", "draft", "speculative")
@@ -144,14 +145,30 @@ def decode_config(phones: int, ratio: tuple[float, float], stop_ids: tuple[int, 
 class Voice:
     """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
 
+    engine = {"precision": "fp32", "compile": False}  # how the models run: timings depend on it
+
     def __init__(
-        self, codec: Codec, target: SpeechLM, draft: SpeechLM, about: dict, folder: Path, device: str
+        self,
+        codec: Codec,
+        target: SpeechLM,
+        draft: SpeechLM,
+        about: dict,
+        folder: Path,
+        device: str,
+        precision: str = "fp32",
+        compile: bool = False,
+        max_length: int = 1024,
     ):
         self.device = torch.device(device)
         self.codec, self.target, self.draft = (
             codec.to(self.device),
-            target.to(self.device),
-            draft.to(self.device),
+            target.to(self.device).cast(precision),
+            draft.to(self.device).cast(precision),
+        )
+        self.engine = {"precision": precision, "compile": compile}
+        # What decodes: the models as they are, or in static caches, compiled.
+        self.models = tuple(
+            StaticLM(lm, max_length, compile=True) if compile else lm for lm in (self.target, self.draft)
         )
         for module in (self.codec, self.target, self.draft):
             module.requires_grad_(False)
@@ -239,10 +256,10 @@ class Voice:
         """Speech tokens of one sentence of phone ids; ``other`` replaces decoding settings."""
         config = self.config(len(phones), tolerance, draft_length, **other)
         prefix = self.prefix(phones, voice)
+        target, draft = self.models
         if method == "speculative":
-            return speculative(self.target, self.draft, prefix, config, generator, on_tokens)
-        lm = self.draft if method == "draft" else self.target
-        return autoregressive(lm, prefix, config, generator, on_tokens)
+            return speculative(target, draft, prefix, config, generator, on_tokens)
+        return autoregressive(draft if method == "draft" else target, prefix, config, generator, on_tokens)
 
     def reference(self, voice: str) -> np.ndarray:
         """Teacher speech of ``voice``, float32 (samples,) at 24 kHz: what similarity is measured against."""
@@ -255,8 +272,22 @@ class Voice:
         return audio
 
 
-def load(path: str | Path | None = None, device: str = "auto") -> Voice:
-    """Load a voice folder (the bundled one by default). ``device``: auto, cpu or cuda. Raises InputError."""
+def load(
+    path: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    compile: bool = False,
+    max_length: int = 1024,
+) -> Voice:
+    """Load a voice folder (the bundled one by default). Raises InputError.
+
+    device: auto, cpu or cuda. precision of target and draft: fp32 or bf16; the codec stays fp32.
+    compile: decode in static caches of ``max_length`` positions (prompt and speech tokens of a
+    sentence) with compiled forwards, CUDA graphs on CUDA; the first sentences then wait for the
+    compiler. See ``static.StaticLM``.
+    """
+    if precision not in PRECISIONS:  # before any work
+        raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -268,4 +299,4 @@ def load(path: str | Path | None = None, device: str = "auto") -> Voice:
     if device == "cuda":  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     folder = Path(path) if path else checkpoints.BUNDLED
-    return Voice(*checkpoints.load_voice(folder), folder, device)
+    return Voice(*checkpoints.load_voice(folder), folder, device, precision, compile, max_length)
