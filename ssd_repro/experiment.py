@@ -33,7 +33,8 @@ from . import metrics
 from .errors import InputError
 
 # Modules that no row depends on; a change in any other makes a new code revision.
-NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus"}
+NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus", "draft_data",
+               "draft_training", "cosyvoice"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
             "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
 WARM_UP = "This short sentence warms the machine up."
@@ -80,7 +81,8 @@ def utterances(count: int, voices: tuple[str, ...], seed: int = 0) -> list[Utter
     ]
 
 
-def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progress=lambda it: it):
+def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker="",
+        progress=lambda it: it):  # fmt: skip
     """Decode and measure what is not yet in the rows file -> DataFrame, one row per utterance.
 
     Fair timing: one warm-up of every system; then, sentence by sentence, the systems take
@@ -93,7 +95,7 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
         for system in systems:
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
     context = {**where(voice.device), **voice.engine, "weights": voice.weights_id, "code": code_revision(),
-               "repeats": repeats, "whisper": whisper or "base"}  # fmt: skip
+               "repeats": repeats, **metrics.models(whisper, speaker)}  # fmt: skip
     rank, world = process()
     utterances = utterances[rank::world]
     grid = [[(system, row_settings(system, said, context)) for system in systems] for said in utterances]
@@ -105,18 +107,20 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
         drop_half_line(path)
         done = {row["key"] for row in known_rows(path)}
         if set(keys) - done:
+            if voice.audible:
+                metrics.load(whisper, speaker)  # a model that cannot be had is known before any work
             for system in systems:
                 voice.speak(WARM_UP, voice=utterances[0].voice, seed=0, **system.arguments())
         for i, cells in enumerate(progress(grid)):
             turn = [cells[(i + j) % len(cells)] for j in range(len(cells))]
             missing = [(system, s) for system, s in turn if key(s) not in done]
-            for row in decode_and_measure(voice, missing, utterances[i], repeats, whisper):
+            for row in decode_and_measure(voice, missing, utterances[i], repeats, whisper, speaker):
                 append_row(path, row)
         rows = {row["key"]: row for row in known_rows(path)}
     return to_frame(rows[k] for k in keys)
 
 
-def decode_and_measure(voice, cells, said: Utterance, repeats: int, whisper: str):
+def decode_and_measure(voice, cells, said: Utterance, repeats: int, whisper: str, speaker: str):
     """Timed decodes of one utterance, the systems in turn; then its rows, one by one."""
     takes: list[list] = [[] for _ in cells]
     for _ in range(repeats):
@@ -124,9 +128,11 @@ def decode_and_measure(voice, cells, said: Utterance, repeats: int, whisper: str
             mine.append(voice.speak(said.text, voice=said.voice, seed=said.seed, **system.arguments()))
     for (_, settings), mine in zip(cells, takes, strict=True):
         take = mine[0]
-        scores = metrics.measure(
-            take.audio, take.sample_rate, said.text, voice.reference(said.voice), whisper
-        )
+        if voice.audible:
+            reference = voice.reference(said.voice)
+            scores = metrics.measure(take.audio, take.sample_rate, said.text, reference, whisper, speaker)
+        else:
+            scores = metrics.UNHEARD
         yield {"key": key(settings), **settings, **measured(mine), **scores}
 
 

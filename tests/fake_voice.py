@@ -27,6 +27,7 @@ def tone(seconds: float) -> np.ndarray:
 class FakeVoice(Voice):
     def __init__(self, weights_id: str = "fake", pause: float = 0.0):
         self.device = torch.device("cpu")
+        self.engine = {"precision": "fp32", "compile": False}
         self.about = {"token_text_ratio": (1, 20), "speech_vocab": 6564}
         self.names = VOICES
         self.sampler = Sampler()
@@ -64,11 +65,11 @@ class FakeVoice(Voice):
         return tone(2.0 + self.names.index(voice))
 
 
-def fake_load(path=None, device="auto"):
+def fake_load(path=None, device="auto", **other):
     return FakeVoice(pause=0.002)
 
 
-def fake_measure(audio, rate, text, reference, whisper=""):
+def fake_measure(audio, rate, text, reference, whisper="", speaker=""):
     """Scores that depend on the audio alone."""
     words = len(text.split())
     return {
