@@ -305,10 +305,11 @@ def check_given(name: str, parameters: dict[Path, dict]) -> None:
     """InputError if a parameter that the profile leaves open (null) was not set with -p."""
     import papermill
 
-    for path, values in parameters.items():
-        for open_one in (n for n, value in values.items() if value is None):
-            about = papermill.inspect_notebook(str(path))[open_one]["help"]
-            raise InputError(f"profile {name} needs -p {open_one} VALUE: {about}")
+    missing = {n: path for path, values in parameters.items() for n, value in values.items() if value is None}
+    if missing:
+        asked = " ".join(f"-p {n} VALUE" for n in missing)
+        about = "; ".join(f"{n}: {papermill.inspect_notebook(str(path))[n]['help']}" for n, path in missing.items())
+        raise InputError(f"profile {name} needs {asked} ({about})")
 
 
 # Several processes: torchrun, accelerate launch

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from .errors import InputError
 
-SECONDS = (4.0, 10.0)  # of sentences and of prompts, as the LibriSpeech test-clean protocol of zero-shot papers
+SECONDS = (
+    4.0,
+    10.0,
+)  # of sentences and of prompts, as the LibriSpeech test-clean protocol of zero-shot papers
 HUB_SUBSET = ("clean", "test.clean")  # configuration and split of mythicinfinity/libritts
 
 
@@ -40,7 +43,9 @@ def index(source: str | Path) -> dict[str, Spoken]:
         name = text.name.removesuffix(".normalized.txt")
         for audio in (text.with_name(f"{name}.wav"), text.with_name(f"{name}.flac")):
             if audio.is_file():
-                found[name] = Spoken(name, name.split("_")[0], " ".join(text.read_text("utf-8").split()), audio)
+                found[name] = Spoken(
+                    name, name.split("_")[0], " ".join(text.read_text("utf-8").split()), audio
+                )
     if not found:
         raise InputError(
             f"{source} has no <speaker>/<chapter>/<id>.wav with its <id>.normalized.txt: give the folder of a "

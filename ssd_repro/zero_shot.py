@@ -25,7 +25,9 @@ from .speech_lm import SpeechLM
 from .static import StaticLM
 from .voice import Voice
 
-MAX_LENGTH = 2048  # positions of a static cache: 80 text tokens (upstream's pieces) x 20, prompt of 10 s, texts
+MAX_LENGTH = (
+    2048  # positions of a static cache: 80 text tokens (upstream's pieces) x 20, prompt of 10 s, texts
+)
 FRONT_ENDS = ("upstream", "tokens")
 # What upstream's examples put before the prompt text of version 3.
 SYSTEM_TEXT = {2: "", 3: "You are a helpful assistant.<|endofprompt|>"}
@@ -146,7 +148,9 @@ class Tokens:
         sound, rate = soundfile.read(audio, dtype="float32")
         sound = sound.mean(1) if sound.ndim > 1 else sound
         if len(sound) > 30 * rate:
-            raise InputError(f"{audio} lasts {len(sound) / rate:.1f} s: the speech tokenizer reads at most 30 s")
+            raise InputError(
+                f"{audio} lasts {len(sound) / rate:.1f} s: the speech tokenizer reads at most 30 s"
+            )
         mel = self.mel(to_16k(sound, rate), sampling_rate=RATE, padding="do_not_pad", return_tensors="np")
         feats, length = self.tokenizer.get_inputs()
         mel = mel.input_features.astype(np.float32)
@@ -167,7 +171,9 @@ class ZeroShot(Voice):
 
     gap_seconds = 0.0  # upstream joins its pieces without a pause
 
-    def __init__(self, target: CosyVoiceLM, draft: SpeechLM, front, known, weights_id, device, precision, compile):
+    def __init__(
+        self, target: CosyVoiceLM, draft: SpeechLM, front, known, weights_id, device, precision, compile
+    ):
         self.device = torch.device(device)
         self.target, self.draft = (lm.to(self.device).cast(precision) for lm in (target, draft))
         self.engine = {"precision": precision, "compile": compile, "front_end": type(front).__name__.lower()}
@@ -215,7 +221,9 @@ def is_cosyvoice(folder: Path) -> bool:
     return (folder / "llm.pt").is_file() or (folder / TEXT_MODEL).is_dir()
 
 
-def load(folder: Path, device: str, precision: str, compile: bool, draft: str, data: str, front_end: str) -> ZeroShot:
+def load(
+    folder: Path, device: str, precision: str, compile: bool, draft: str, data: str, front_end: str
+) -> ZeroShot:
     """A released CosyVoice folder, its draft, LibriTTS. InputError that names what is missing."""
     if front_end not in FRONT_ENDS:
         raise InputError(f"front_end {front_end!r} is unknown: choose {' or '.join(FRONT_ENDS)}")
@@ -231,6 +239,8 @@ def load(folder: Path, device: str, precision: str, compile: bool, draft: str, d
     known = libritts.index(data)
     front = (Upstream if front_end == "upstream" else Tokens)(folder, layout.version)
     parts = [checkpoints.weights_sha256(lm) for lm in (target, small)]
-    parts += [checkpoints.sha256(folder / name) for name in ("flow.pt", "hift.pt") if (folder / name).is_file()]
+    parts += [
+        checkpoints.sha256(folder / name) for name in ("flow.pt", "hift.pt") if (folder / name).is_file()
+    ]
     weights_id = hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
     return ZeroShot(target, small, front, known, weights_id, device, precision, compile)
