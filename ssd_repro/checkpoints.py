@@ -24,12 +24,12 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def weights_sha256(lm: nn.Module) -> str:
-    """SHA-256 over a model's weights, each as bf16: fp32 and bf16 copies of one model have the same."""
+def weights_sha256(lm: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
+    """SHA-256 over a model's weights as ``dtype``: fp32 and bf16 copies of one model have the same as bf16."""
     digest = hashlib.sha256()
     for name, value in sorted(lm.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        digest.update(value.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -146,7 +146,7 @@ def save_draft(folder: Path, draft: SpeechLM, target: SpeechLM, facts: dict) -> 
     about = {
         "format": FORMAT,
         "layers": {"bottom": bottom, "top": len(draft.model.layers) - bottom},
-        "target": weights_sha256(target),
+        "target": {str(dtype): weights_sha256(target, dtype) for dtype in (torch.bfloat16, torch.float16)},
         **facts,
         "sha256": sha256(weights),
     }
@@ -174,8 +174,8 @@ def read_draft_facts(folder: Path) -> dict:
 def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
     """The draft that ``ssd-repro train-draft`` wrote, on the target's parameters, device and dtype.
 
-    target: fp32 or bf16 (cast it to fp16 only afterwards: it is known by its weights as bf16).
-    InputError if a file is missing or damaged, or if the draft is of another target.
+    target: the one that it was trained for, in fp32, bf16 or fp16. InputError if a file is missing
+    or damaged, or if the draft is of another target.
     """
     folder = Path(folder)
     about, path = read_draft_facts(folder), folder / DRAFT_FILES[1]
@@ -186,10 +186,12 @@ def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
             f"{path} is damaged or from another draft: its SHA-256 begins with {found[:12]}, draft.json says "
             f"{str(about['sha256'])[:12]}"
         )
-    if (found := weights_sha256(target)) != about["target"]:
+    dtype = torch.float16 if target.head.weight.dtype == torch.float16 else torch.bfloat16
+    known = about["target"].get(str(dtype), "")
+    if (found := weights_sha256(target, dtype)) != known:
         raise InputError(
             f"the draft in {folder} was trained for another target: the SHA-256 of its weights begins with "
-            f"{str(about['target'])[:12]}, that of this one with {found[:12]}"
+            f"{known[:12]}, that of this one with {found[:12]}"
         )
     draft = make_draft(target, **about["layers"])
     own = {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}

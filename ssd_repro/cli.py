@@ -67,7 +67,7 @@ def parser() -> Parser:
     run.set_defaults(function=run_notebooks)
 
     train = commands.add_parser("train-draft", help="train a draft for a target; alone, or under accelerate launch or torchrun")
-    train.add_argument("--target", type=Path, required=True, metavar="DIR", help="a voice folder")
+    train.add_argument("--target", type=Path, required=True, metavar="DIR", help="CosyVoice 2 or 3, or a voice folder")
     train.add_argument("--data", type=Path, required=True, metavar="DIR", help="rows of text and speech tokens, *.jsonl[.gz]")
     train.add_argument("--out", type=Path, required=True, metavar="DIR",
                        help="draft.json, draft.safetensors, log.jsonl; the same command goes on where a killed one was")  # fmt: skip

@@ -6,7 +6,7 @@ SYMBOLS: p is the DRAFT, q the TARGET; L_d is ``draft_length``, beta ``tolerance
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -92,7 +92,7 @@ class DecodeResult:
 
     target_calls and draft_calls count forward passes, the prefill among them. seconds:
     prefill, draft, verify (the target's forwards, the sampling and the judging) and rest, by
-    CUDA events on a CUDA device; the time inside on_tokens is in none of them.
+    CUDA events on a CUDA device; the time inside on_tokens (or of ``stream``'s consumer) is in none of them.
     """
 
     tokens: tuple[int, ...]
@@ -150,8 +150,7 @@ def autoregressive(
     prefix: embeddings (1, T, hidden); generator: on the prefix's device; on_tokens is called
     with each round's new speech tokens. NumericsError if the logits turn NaN.
     """
-    _check_room(target, prefix, config)
-    return _decode(target, None, prefix, config, generator, on_tokens)
+    return _collect(stream(target, None, prefix, config, generator), on_tokens)
 
 
 def speculative(
@@ -170,22 +169,50 @@ def speculative(
     the target's cache holds the prefix and all tokens but the newest, the draft's what
     ``ModelDrafter`` says.
     """
-    make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
-    own = prefix if draft_prefix is None else draft_prefix
+    return _collect(stream(target, draft, prefix, config, generator, draft_prefix), on_tokens)
+
+
+def _collect(rounds: Generator[list[int], None, DecodeResult], on_tokens: OnTokens | None) -> DecodeResult:
+    while True:
+        try:
+            tokens = next(rounds)
+        except StopIteration as end:
+            return end.value
+        if on_tokens:
+            on_tokens(tokens)
+
+
+def stream(
+    target: LanguageModel,
+    draft: LanguageModel | Callable[[Tensor], Drafter] | None,
+    prefix: Tensor,
+    config: DecodeConfig,
+    generator: torch.Generator,
+    draft_prefix: Tensor | None = None,
+) -> Generator[list[int], None, DecodeResult]:
+    """``speculative``, or ``autoregressive`` where draft is None, as a generator.
+
+    Yields each round's new speech tokens (one or more) as soon as they are final; returns
+    the result. Time spent by the consumer is in no phase's seconds.
+    """
     _check_room(target, prefix, config)
-    _check_room(draft, own, config)
-    return _decode(target, partial(make, own), prefix, config, generator, on_tokens)
+    make_drafter = None
+    if draft is not None:
+        own = prefix if draft_prefix is None else draft_prefix
+        _check_room(draft, own, config)
+        make = partial(ModelDrafter, draft) if hasattr(draft, "session") else draft
+        make_drafter = partial(make, own)
+    return _rounds(target, make_drafter, prefix, config, generator)
 
 
-@torch.inference_mode()
-def _decode(
+@torch.inference_mode()  # of a generator it holds while the generator runs, not for its consumer
+def _rounds(
     target: LanguageModel,
     make_drafter: Callable[[], Drafter] | None,
     prefix: Tensor,
     config: DecodeConfig,
     generator: torch.Generator,
-    on_tokens: OnTokens | None,
-) -> DecodeResult:
+) -> Generator[list[int], None, DecodeResult]:
     """The loop. The first token comes from the prefill; one host read a round (``_judge``)."""
     clock = _Clock(prefix.device)
     session = target.session()
@@ -224,13 +251,11 @@ def _decode(
         speech = news[:-1] if stopped else news
         tokens += speech
         clock.lap("rest")
-        if on_tokens and speech:
-            on_tokens(speech)
+        if speech:
+            yield speech
             clock.lap(None)
     draft_calls = drafter.calls if drafter else 0
-    return DecodeResult(
-        tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, clock.seconds()
-    )
+    return DecodeResult(tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, clock.seconds())
 
 
 def _check_room(model, prefix: Tensor, config: DecodeConfig) -> None:
@@ -268,7 +293,7 @@ def _judge(
     broken, n, token, *proposal = report.tolist()
     if broken:
         raise NumericsError(
-            f"the model's logits are not numbers (NaN) at speech token {tape.size}; "
+            f"the model's logits are not numbers (NaN), or leave nothing to draw, at speech token {tape.size}; "
             "check its weights and its precision."
         )
     tape.write(tape.size + n, added)

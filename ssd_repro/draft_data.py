@@ -19,7 +19,8 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .cosyvoice_lm import END_OF_PROMPT, SPEECH_TOKENS, CosyVoiceLM, load_cosyvoice
+from .cosyvoice_lm import decode_config as cosyvoice_config
 from .decoding import DecodeConfig
 from .errors import InputError
 from .speech_lm import SpeechLM
 from .text import VOICES, prompt
-from .voice import decode_config
+from .voice import decode_config, load
 
-NONE = np.zeros(0, np.int32)
+
+def _none() -> np.ndarray:
+    return np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,8 +49,8 @@ class Example:
     id: str
     text: np.ndarray
     speech: np.ndarray
-    prompt_text: np.ndarray = NONE
-    prompt_speech: np.ndarray = NONE
+    prompt_text: np.ndarray = field(default_factory=_none)
+    prompt_speech: np.ndarray = field(default_factory=_none)
     stopped: bool = True
 
     @property
@@ -87,6 +92,7 @@ class Target:
             of everything before the first token to be said
     config  number of the text's tokens -> how the target is decoded when it is deployed
     rows    a data row -> its examples: one, or several renderings of one utterance
+    needed  text tokens that every text or its prompt must hold
     """
 
     lm: SpeechLM
@@ -95,6 +101,7 @@ class Target:
     prefix: Callable[[SpeechLM, Tensor, Tensor, Tensor], Tensor]
     config: Callable[[int], DecodeConfig]
     rows: Callable[[dict], list[Example]] = lambda row: [Example.from_row(row)]
+    needed: tuple[int, ...] = ()
 
     def embed(self, one: Example) -> Tensor:
         """The prefix of ``one``, (1, T, hidden), on the target's device."""
@@ -128,16 +135,25 @@ def _voice_rows(row: dict) -> list[Example]:
     return [Example(f"{row['id']}/{i}", text, _ids("codes", codes)) for i, codes in enumerate(row["codes"])]
 
 
-def load_target(folder: Path) -> Target:
-    """A voice folder. InputError if it is none, or damaged."""
-    from .voice import load
+def cosyvoice_target(lm: CosyVoiceLM) -> Target:
+    """CosyVoice 2 or 3: [sos, prompt text, text, task, prompt speech], speech, end of speech."""
 
-    if not Path(folder).is_dir():
-        raise InputError(f"--target {folder} is not a folder: name a voice folder")
-    voice = load(folder, "cpu")
-    return voice_target(
-        voice.target, voice.codec.config.codebook_size, voice.sampler, voice.about["token_text_ratio"]
+    def prefix(lm: CosyVoiceLM, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
+        return lm.prefix(text, prompt_text, prompt_speech)
+
+    needed = (END_OF_PROMPT,) if lm.layout.version == 3 else ()
+    return Target(
+        lm, SPEECH_TOKENS, lm.layout.eos, prefix, partial(cosyvoice_config, lm.layout), needed=needed
     )
+
+
+def load_target(path: Path) -> Target:
+    """A voice folder, or what ``cosyvoice_lm.load_cosyvoice`` reads. InputError if it is neither, or damaged."""
+    if (Path(path) / "voice.json").is_file():
+        voice = load(path, "cpu")
+        ratio = voice.about["token_text_ratio"]
+        return voice_target(voice.target, voice.codec.config.codebook_size, voice.sampler, ratio)
+    return cosyvoice_target(load_cosyvoice(path))
 
 
 # ---------------------------------------------------------------- rows
@@ -190,6 +206,8 @@ def _check(one: Example, target: Target) -> None:
     for name, (ids, end) in limits.items():
         if len(ids) and ids.max() >= end:
             raise ValueError(f"{name} has {ids.max()}; this target's ids end at {end - 1}")
+    for token in set(target.needed).difference(one.text, one.prompt_text):
+        raise ValueError(f"neither text_ids nor prompt_text holds {token}, which this target needs")
     if (
         not isinstance(one.id, str)
         or not isinstance(one.stopped, bool)

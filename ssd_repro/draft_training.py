@@ -19,6 +19,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -142,11 +143,11 @@ def sample(
     holds samples of another target, other data or other settings.
     """
     about = {
-        "target": checkpoints.weights_sha256(target.lm),
-        "data": data_sha256([replace(one, speech=one.speech[:0], stopped=True) for one in examples]),
-        "decoding": asdict(target.config(100)),  # its lengths for 100 text tokens
-        "precision": settings.precision,
         "seed": settings.seed,
+        "precision": settings.precision,
+        "target": checkpoints.weights_sha256(target.lm),
+        "decoding": asdict(target.config(100)),  # its lengths for 100 text tokens
+        "data": data_sha256([replace(one, speech=one.speech[:0], stopped=True) for one in examples]),
     }
     _agree(accelerator, lambda: accelerator.is_main_process and _prepare_samples(folder, about))
     done = _agree(accelerator, lambda: _sampled_ids(folder, about))  # nobody writes before all have read
@@ -295,7 +296,7 @@ class _Run:
             try:
                 saved = torch.load(self.path, weights_only=True, map_location=self.accelerator.device)
                 facts = json.loads(saved["facts"])
-            except Exception as error:  # whatever unpickling a damaged file raises
+            except (RuntimeError, UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
                 raise InputError(
                     f"{self.path} cannot be read ({type(error).__name__}): remove it to begin anew"
                 ) from None
@@ -470,7 +471,7 @@ def train(
         _agree(accelerator, lambda: stack.enter_context(lock))
         target = _agree(accelerator, lambda: load_target(target_folder))
         groups = _agree(accelerator, lambda: read_data(data, target))
-        groups = [kept for group in groups if (kept := [one for one in group if len(one.speech) <= longest])]
+        groups = [group for group in groups if len(group[0].speech) <= longest]
         random.Random(settings.seed).shuffle(groups)
         if len(groups) <= held_out:
             raise InputError(

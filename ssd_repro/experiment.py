@@ -94,7 +94,8 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker
     for said in utterances:  # before any work
         for system in systems:
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
-    context = {**where(voice.device), **voice.engine, "weights": voice.weights_id, "code": code_revision(),
+    context = {**where(voice.device), "precision": voice.precision, "compile": voice.compile,
+               "front_end": voice.front_end, "weights": voice.weights_id, "code": code_revision(),
                "repeats": repeats, **metrics.models(whisper, speaker)}  # fmt: skip
     rank, world = process()
     utterances = utterances[rank::world]

@@ -27,14 +27,19 @@ def check_number(name: str, value, low: float, high: float, whole: bool = False)
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a step samples; the defaults are CosyVoice 2's.
+    """How a step samples; the defaults are CosyVoice's since its commit f2ddcbe (2026-02-04).
 
     temperature  divides the logits; 0 is greedy (the most likely token; RAS is then off)
     top_k        nucleus: at most so many tokens; 0 is off
     top_p        nucleus: tokens while the mass before them is below this; 1 is off
     ras          repetition-aware sampling: a token drawn from the nucleus that stands at
                  least ras_window * ras_tau times among the last ras_window tokens is drawn
-                 again from the full softmax without it
+                 again from the full softmax
+    ras_masks_repeat  that full softmax is without the repeated token; False: with it, CosyVoice
+                 before f2ddcbe
+    bans_by_mask banned tokens are masked before the softmax; False: the step is drawn again
+                 until another comes, CosyVoice before 0e62489 (2026-02-11), which however
+                 gave up after 100 trials. The laws differ: a mask makes room in the nucleus.
     """
 
     temperature: float = 1.0
@@ -43,6 +48,8 @@ class Sampler:
     ras: bool = True
     ras_window: int = 10
     ras_tau: float = 0.1
+    ras_masks_repeat: bool = True
+    bans_by_mask: bool = True
 
     def __post_init__(self):
         if self.temperature != 0:
@@ -50,24 +57,23 @@ class Sampler:
         check_number("temperature", self.temperature, 0.0, 1000.0)
         check_number("top_k (0 is off)", self.top_k, 0, math.inf, whole=True)
         check_number("top_p (1 is off)", self.top_p, 0.001, 1.0)
-        if not isinstance(self.ras, bool):
-            raise InputError(f"ras is {self.ras!r}; it must be True or False.")
+        for name in ("ras", "ras_masks_repeat", "bans_by_mask"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
         check_number("ras_window", self.ras_window, 1, 1000, whole=True)
         check_number("ras_tau", self.ras_tau, 0.001, 1.0)
 
 
-def probabilities(
-    logits: Tensor, history: Tensor, sampler: Sampler, banned: Tensor | None = None
-) -> Tensor:
+def probabilities(logits: Tensor, history: Tensor, sampler: Sampler, banned: Tensor | None = None) -> Tensor:
     """The distribution that a step samples from: logits (..., V) -> float32 (..., V).
 
     history: (..., H) int64, the speech tokens before each step, newest last, padded with
     -1 on the left, H >= ras_window. banned: bool, broadcastable to (..., V), tokens that
-    must not come. Rows whose logits hold a NaN (or no finite value) come out NaN. No host
-    synchronisation.
+    must not come. Rows whose logits hold a NaN (or no finite value), or that leave nothing
+    to draw, come out NaN. No host synchronisation.
     """
     logits = logits.float()
-    if banned is not None:
+    if banned is not None and (sampler.bans_by_mask or sampler.temperature == 0):
         logits = logits.masked_fill(banned, -math.inf)
     if sampler.temperature == 0:
         peak, best = logits.max(-1, keepdim=True)
@@ -77,7 +83,11 @@ def probabilities(
         logits = logits / sampler.temperature
     full = logits.softmax(-1)
     nucleus = _nucleus(full, sampler)
-    return _repetition_aware(nucleus, full, history, sampler) if sampler.ras else nucleus
+    law = _repetition_aware(nucleus, full, history, sampler) if sampler.ras else nucleus
+    if banned is not None and not sampler.bans_by_mask:
+        law = law.masked_fill(banned, 0.0)
+        law = law / law.sum(-1, keepdim=True)
+    return law
 
 
 def _nucleus(full: Tensor, sampler: Sampler) -> Tensor:
@@ -95,9 +105,9 @@ def _nucleus(full: Tensor, sampler: Sampler) -> Tensor:
 def _repetition_aware(nucleus: Tensor, full: Tensor, history: Tensor, sampler: Sampler) -> Tensor:
     """RAS: n(x)[x not in R] + sum over y in R of n(y) f(x) [x != y] / (1 - f(y)), (..., V).
 
-    n: the nucleus, f: the full softmax, R: the tokens that repeat. Only the W tokens of
-    the window can be in R, so the sum is over (..., W). Where f(y) is 1 nothing is left
-    to draw again: y stays.
+    Without ras_masks_repeat the sum is of n(y) f(x). n: the nucleus, f: the full softmax,
+    R: the tokens that repeat. Only the W tokens of the window can be in R, so the sum is
+    over (..., W). Where f(y) is 1 nothing is left to draw again: y stays.
     """
     window = history[..., -sampler.ras_window :]
     needed = math.ceil(sampler.ras_window * sampler.ras_tau - 1e-9)  # 10 * 0.1 -> 1
@@ -107,14 +117,17 @@ def _repetition_aware(nucleus: Tensor, full: Tensor, history: Tensor, sampler: S
     first = ~same.tril(-1).any(-1)  # a token that stands twice enters the sum once
 
     n, f = nucleus.gather(-1, index), full.gather(-1, index)
-    # 1 - f(y) without cancellation: for the most likely token add up all the others.
-    peak = full.argmax(-1, keepdim=True)
-    others = full.scatter(-1, peak, 0.0).sum(-1, keepdim=True)
-    rest = torch.where(index == peak, others, 1 - f)
+    if sampler.ras_masks_repeat:
+        # 1 - f(y) without cancellation: for the most likely token add up all the others.
+        peak = full.argmax(-1, keepdim=True)
+        others = full.scatter(-1, peak, 0.0).sum(-1, keepdim=True)
+        rest, drawn = torch.where(index == peak, others, 1 - f), ~same
+    else:
+        rest, drawn = torch.ones_like(f), torch.ones_like(same)
     redraw = rest > 1e-30
     weight = torch.where(repeats & first & redraw, n / rest, 0.0)
     # The sum leaves x itself out (pair by pair: subtracting it would cancel).
-    elsewhere = (weight[..., None, :] * ~same).sum(-1)
+    elsewhere = (weight[..., None, :] * drawn).sum(-1)
     mixed = torch.addcmul(nucleus, full, weight.sum(-1, keepdim=True))
     value = torch.where(redraw, f * elsewhere, n + f * elsewhere)
     mixed.scatter_(-1, index, torch.where(repeats, value, mixed.gather(-1, index)))

@@ -148,9 +148,9 @@ class Voice:
 
     sample_rate = SAMPLE_RATE
     gap_seconds = PAUSE_SECONDS
+    front_end = "bundled"  # a CosyVoice's is upstream's, or tokens alone
     audible = True  # False: no waveform is made, and none is measured
-
-    engine = {"precision": "fp32", "compile": False}  # how the models run: timings depend on it
+    precision, compile = "fp32", False  # how the models run: a row's settings, as timings depend on it
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Voice:
             target.to(self.device).cast(precision),
             draft.to(self.device).cast(precision),
         )
-        self.engine = {"precision": precision, "compile": compile}
+        self.precision, self.compile = precision, compile
         # What decodes: the models as they are, or in static caches, compiled.
         self.models = tuple(
             StaticLM(lm, max_length, compile=True) if compile else lm for lm in (self.target, self.draft)

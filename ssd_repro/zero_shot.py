@@ -176,7 +176,7 @@ class ZeroShot(Voice):
     ):
         self.device = torch.device(device)
         self.target, self.draft = (lm.to(self.device).cast(precision) for lm in (target, draft))
-        self.engine = {"precision": precision, "compile": compile, "front_end": type(front).__name__.lower()}
+        self.precision, self.compile, self.front_end = precision, compile, type(front).__name__.lower()
         lms = (self.target, self.draft)
         self.models = tuple(StaticLM(lm, MAX_LENGTH, compile=True) if compile else lm for lm in lms)
         self.front, self.known, self.weights_id = front, known, weights_id

@@ -27,7 +27,6 @@ def tone(seconds: float) -> np.ndarray:
 class FakeVoice(Voice):
     def __init__(self, weights_id: str = "fake", pause: float = 0.0):
         self.device = torch.device("cpu")
-        self.engine = {"precision": "fp32", "compile": False}
         self.about = {"token_text_ratio": (1, 20), "speech_vocab": 6564}
         self.names = VOICES
         self.sampler = Sampler()

@@ -1,33 +1,50 @@
-"""Tiny random CosyVoice checkpoints in upstream's exact formats, and the forward they stand for.
+"""Tiny random CosyVoice checkpoints in upstream's exact formats, and objects that behave like upstream's.
 
-True are the names, the ids and the sizes of the speech vocabularies; small are the network
-and, for version 2, the text vocabulary.
+True are the names, the ids, the sizes of the speech vocabularies, who calls whom and in which
+thread; small are the network and the text vocabulary. The decoding here is the plainest one
+there is: no cache, each choice by itself.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+import time
+import uuid
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from ssd_repro.cosyvoice_lm import END_OF_PROMPT, LAYOUTS
+from ssd_repro.cosyvoice_lm import LAYOUTS
 
-TEXT_VOCAB = {2: 300, 3: END_OF_PROMPT + 10}
+TEXT_VOCAB = 300
 WORDS = ["a", "b", "c", "d"]
+FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
 
 
 class Upstream(nn.Module):
     """The modules of upstream's Qwen2LM or CosyVoice3LM by their names, and its uncached forward."""
 
-    def __init__(self, version: int, seed: int = 0, hidden: int = 32, layers: int = 4) -> None:
+    def __init__(self, version: int, text_vocab: int = TEXT_VOCAB, hidden: int = 32, layers: int = 4) -> None:
         super().__init__()
-        torch.manual_seed(seed)
+        torch.manual_seed(version)
         config = Qwen2Config(
-            vocab_size=TEXT_VOCAB[version],
+            vocab_size=text_vocab,
             hidden_size=hidden,
             intermediate_size=2 * hidden,
             num_hidden_layers=layers,
@@ -61,17 +78,111 @@ class Upstream(nn.Module):
         return self.llm_decoder(out.hidden_states[-1])
 
 
+def ras_sampling(scores, decoded, sampling, top_p=0.8, top_k=25, win_size=10, tau_r=0.1):
+    """Upstream's, since f2ddcbe: the token that repeats is masked and the draw is free of the nucleus."""
+    law, order = scores.softmax(0).sort(descending=True, stable=True)
+    size = min(top_k, int((law.cumsum(0) - law < top_p).sum()))
+    token = int(order[law[:size].multinomial(1)])
+    if decoded[-win_size:].count(token) >= win_size * tau_r:
+        scores[token] = -torch.inf
+        token = int(scores.softmax(0).multinomial(1))
+    return token
+
+
+class Qwen2LM(Upstream):
+    """Upstream's class by name, attributes and calls, for version 2."""
+
+    version_of_class = 2
+
+    def __init__(self, **settings) -> None:
+        super().__init__(self.version_of_class)
+        self.sampling = partial(ras_sampling, **settings)
+        self.stop_token_ids = list(range(6561, self.llm_decoder.out_features))
+
+    def sampling_ids(self, weighted_scores, decoded_tokens, sampling, ignore_eos=True):
+        if ignore_eos:
+            weighted_scores[self.speech_token_size] = -torch.inf
+        return self.sampling(weighted_scores, decoded_tokens, sampling)
+
+    @torch.inference_mode()
+    def inference(
+        self, text, text_len, prompt_text, prompt_text_len, prompt_speech_token, prompt_speech_token_len, embedding,
+        sampling=25, max_token_text_ratio=20, min_token_text_ratio=2, uuid="",
+    ):  # fmt: skip
+        lm_input = self.prefix(text[0], prompt_text[0], prompt_speech_token[0])
+        text_len += prompt_text_len
+        low, high = (
+            int((text_len - prompt_text_len) * r) for r in (min_token_text_ratio, max_token_text_ratio)
+        )
+        yield from self.inference_wrapper(lm_input, sampling, low, high, uuid)
+
+    @torch.inference_mode()
+    def inference_wrapper(self, lm_input, sampling, min_len, max_len, uuid):
+        out = []
+        for i in range(max_len):
+            scores = self.logits(lm_input)[0, -1].log_softmax(-1)
+            token = self.sampling_ids(scores, out, sampling, ignore_eos=i < min_len)
+            if token in self.stop_token_ids:
+                break
+            yield token
+            out.append(token)
+            lm_input = torch.cat((lm_input, self.speech_embedding.weight[token][None, None]), 1)
+
+
+class CosyVoice3LM(Qwen2LM):
+    version_of_class = 3
+
+
+class Model:
+    """CosyVoice2Model as far as it decodes: a thread for each text, tokens in a dict as they come."""
+
+    def __init__(self, llm, fp16: bool = False) -> None:
+        self.llm, self.fp16 = llm, fp16
+        self.tts_speech_token_dict, self.llm_end_dict, self.lock = {}, {}, threading.Lock()
+
+    def llm_job(self, text, prompt_text, llm_prompt_speech_token, llm_embedding, uuid):
+        lengths = (torch.tensor([part.shape[1]]) for part in (text, prompt_text, llm_prompt_speech_token))
+        text_len, prompt_text_len, speech_len = lengths
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.fp16):
+            for token in self.llm.inference(
+                text=text, text_len=text_len, prompt_text=prompt_text, prompt_text_len=prompt_text_len,
+                prompt_speech_token=llm_prompt_speech_token, prompt_speech_token_len=speech_len,
+                embedding=llm_embedding, uuid=uuid,
+            ):  # fmt: skip
+                self.tts_speech_token_dict[uuid].append(token)
+        self.llm_end_dict[uuid] = True
+
+    def tts(self, text, prompt_text, llm_prompt_speech_token, stream=False, hop=5, **_):
+        key = str(uuid.uuid1())
+        with self.lock:
+            self.tts_speech_token_dict[key], self.llm_end_dict[key] = [], False
+        args = (text, prompt_text, llm_prompt_speech_token, None, key)
+        job = threading.Thread(target=self.llm_job, args=args, daemon=True)
+        job.start()
+        sent = 0
+        while stream and not (self.llm_end_dict[key] and len(self.tts_speech_token_dict[key]) - sent < hop):
+            if len(self.tts_speech_token_dict[key]) - sent >= hop:
+                yield {"tokens": self.tts_speech_token_dict[key][sent : sent + hop]}
+                sent += hop
+            time.sleep(0.005)
+        job.join()
+        yield {"tokens": self.tts_speech_token_dict[key][sent:]}
+        with self.lock:
+            self.tts_speech_token_dict.pop(key), self.llm_end_dict.pop(key)
+
+
+class CosyVoice:
+    def __init__(self, llm, fp16: bool = False) -> None:
+        self.model = Model(llm, fp16)
+
+
 def save_released(folder: Path, upstream: Upstream, config: bool = True) -> Path:
     """llm.pt and CosyVoice-BlankEN/config.json with the fields that the release has."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(upstream.state_dict(), folder / "llm.pt")
     if config:
         about = upstream.llm.model.config
-        names = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads rms_norm_eps tie_word_embeddings max_position_embeddings"
-        ).split()
-        fields = {name: getattr(about, name) for name in names}
+        fields = {name: getattr(about, name) for name in FIELDS}
         fields |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0}
         fields |= {"use_sliding_window": False, "sliding_window": 32768, "bos_token_id": 151643}
         (folder / "CosyVoice-BlankEN").mkdir(exist_ok=True)
@@ -98,7 +209,7 @@ def save_converted(folder: Path, upstream: Upstream, head_bias: bool = True) -> 
     head_bias False: as trainers save version 2 that know no bias in Qwen2's head.
     """
     layout, hidden = LAYOUTS[upstream.version], upstream.speech_embedding.embedding_dim
-    text = TEXT_VOCAB[upstream.version]
+    text = upstream.llm.model.config.vocab_size
     names = [f"<|s_{i}|>" for i in range(layout.vocab if upstream.version == 3 else 6561)]
     if upstream.version == 2:
         names += ["<|eos1|>", "<|eos2|>", "<|eos3|>", "<|sos|>", "<|task_id|>"]
@@ -119,8 +230,6 @@ def save_converted(folder: Path, upstream: Upstream, head_bias: bool = True) -> 
     if head_bias and upstream.version == 2:
         state["lm_head.bias"] = bias
     config = upstream.llm.model.config.to_dict() | {"vocab_size": rows, "tie_word_embeddings": False}
-    from safetensors.torch import save_file
-
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return folder
