@@ -1,4 +1,4 @@
-"""The steps that make the bundled voice: codec, speech tokens, target, draft.
+"""The steps that make the bundled voice: codec, speech tokens, target (its draft: draft_training.py).
 
 Each step resumes from its own checkpoint; what a step samples depends on
 (seed, step) alone, so a resumed run equals an undisturbed one.
@@ -33,7 +33,7 @@ from .codec import (
     analyse,
     stack,
 )
-from .speech_lm import SpeechLM, make_draft, small_qwen2
+from .speech_lm import SpeechLM, small_qwen2
 from .text import SYMBOLS, TEXT_VOCABULARY, VOICES, phone_ids, plain_phones, prompt
 
 STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
@@ -573,57 +573,6 @@ def mean_terms(loss: Callable, items: list, batch: int) -> dict[str, float]:
     starts = range(0, len(items), batch)
     found = [loss(items[s : s + batch], random.Random(s)) for s in starts]
     return {k: sum(float(f[k]) for f in found) / len(found) for k in found[0]}
-
-
-# ----------------------------------------------------------------------- draft
-
-
-def train_draft(
-    codec: Codec,
-    target: SpeechLM,
-    train: list[Utterance],
-    dev: list[Utterance],
-    schedule: Schedule,
-    checkpoint: Path,
-    log=print,
-) -> tuple[SpeechLM, list[dict]]:
-    """The paper's draft (Eq. 7): bottom layers and head trained by cross-entropy, the rest frozen.
-
-    ``dev_overlap`` in the log is the mean of sum min(p, q) over raw softmaxes:
-    the acceptance rate of plain speculative sampling on real speech.
-    """
-    torch.manual_seed(schedule.seed)
-    draft = make_draft(target)
-
-    def logits_of(lm: SpeechLM, rows: Rows) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            embedded = embed(rows, lm.model.embed_tokens.weight, lm.speech_embedding.weight)
-            hidden = lm.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            return lm.head(hidden[rows.spoken]).float()
-
-    def loss(batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
-        rows = layout(batch, rng, codec, 0.0)
-        logits = logits_of(draft, rows)
-        terms = {"total": F.cross_entropy(logits, rows.labels)}
-        if not draft.training:
-            p, q = logits.softmax(-1), logits_of(target, rows).softmax(-1)
-            terms["overlap"] = torch.minimum(p, q).sum(-1).mean()
-        return terms
-
-    target.eval()
-    groups = [{"params": [p for p in draft.parameters() if p.requires_grad]}]
-    rows = fit(
-        draft,
-        groups,
-        loss,
-        train,
-        lambda u: len(u.codes[0]),
-        schedule,
-        checkpoint,
-        dev,
-        log,
-    )
-    return draft, rows
 
 
 def read_utterances(path: Path) -> list[Utterance]:

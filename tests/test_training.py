@@ -117,28 +117,6 @@ def test_layout_is_prompt_then_tokens_then_stop():
     assert rows.spoken[0].nonzero()[0] == head - 1
 
 
-def test_draft_training_moves_only_the_bottom_and_the_head(tmp_path):
-    target = training.TargetTrainer(Codec(SMALL), **SIZES).folded()
-    before = {k: v.clone() for k, v in target.state_dict().items()}
-    draft, rows = training.train_draft(
-        Codec(SMALL),
-        target,
-        utterances(),
-        utterances(2, 1),
-        Schedule(3, batch=4, warmup=1),
-        tmp_path / "d",
-        log=lambda _: None,
-    )
-    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
-    assert len(draft.model.layers) == 2  # 1 bottom + 1 top of 4
-    assert not torch.equal(draft.head.weight, before["head.weight"])
-    assert not torch.equal(
-        draft.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"]
-    )
-    assert torch.equal(draft.model.layers[1].mlp.up_proj.weight, before["model.layers.3.mlp.up_proj.weight"])
-    assert 0 < rows[-1]["dev_overlap"] <= 1
-
-
 def features(count=4):
     torch.manual_seed(3)
     made = []
