@@ -1,4 +1,4 @@
-"""The command ``ssd-repro``: speak, run, train-draft. Bad input is one sentence on stderr and exit code 2."""
+"""The command ``ssd-repro``: speak, run, tokenise, train-draft. Bad input is one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _number(convert, what: str):
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|train-draft")
+    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|tokenise|train-draft")
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
@@ -65,6 +65,12 @@ def parser() -> Parser:
     run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                      help="set a parameter of the notebooks, over the profile's")  # fmt: skip
     run.set_defaults(function=run_notebooks)
+
+    tokens = commands.add_parser("tokenise", help="LibriTTS as the rows that train-draft learns from; alone, or launched")
+    tokens.add_argument("--target", type=Path, required=True, metavar="DIR", help="a released CosyVoice 2 or 3")
+    tokens.add_argument("--data", required=True, metavar="DIR", help="LibriTTS, one subset or all of them")
+    tokens.add_argument("--out", type=Path, required=True, metavar="DIR", help="part0.jsonl, ...; a killed one goes on")
+    tokens.set_defaults(function=run_tokenise)
 
     train = commands.add_parser("train-draft", help="train a draft for a target; alone, or under accelerate launch or torchrun")
     train.add_argument("--target", type=Path, required=True, metavar="DIR", help="CosyVoice 2 or 3, or a voice folder")
@@ -169,7 +175,17 @@ def describe(take, out: str | None) -> str:
     return "\n".join(lines)
 
 
-# train-draft
+# tokenise, train-draft
+
+
+def run_tokenise(options) -> int:
+    from . import zero_shot
+
+    if not Path(options.data).is_dir():
+        raise InputError(f"--data {options.data} is not a folder: give that of LibriTTS")
+    count = zero_shot.tokenise(options.target, options.data, options.out, log=_to_stderr)
+    print(f"{options.out}: {count} utterances")
+    return 0
 
 
 def run_train_draft(options) -> int:

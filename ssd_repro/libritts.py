@@ -63,7 +63,7 @@ def pairs(known: dict[str, Spoken], count: int, seed: int = 0) -> list[tuple[Spo
     dice = random.Random(seed)
     speakers: dict[str, list[Spoken]] = {}
     for one in known.values():
-        if SECONDS[0] <= _seconds(one.audio) <= SECONDS[1]:
+        if SECONDS[0] <= seconds(one.audio) <= SECONDS[1]:
             speakers.setdefault(one.speaker, []).append(one)
     speakers = {name: own for name, own in sorted(speakers.items()) if len(own) > 1}
     for own in speakers.values():
@@ -78,7 +78,7 @@ def pairs(known: dict[str, Spoken], count: int, seed: int = 0) -> list[tuple[Spo
     return [(own[i], dice.choice(own[:i] + own[i + 1 :])) for own, i in turns[:count]]
 
 
-def _seconds(audio: Path) -> float:
+def seconds(audio: Path) -> float:
     import soundfile
 
     return soundfile.info(audio).duration

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoints, cosyvoice_lm, libritts
+from . import checkpoints, cosyvoice_lm, experiment, libritts
 from .cosyvoice_lm import TEXT_MODEL, CosyVoiceLM, load_cosyvoice
 from .errors import InputError
 from .experiment import Utterance
@@ -215,6 +215,40 @@ class ZeroShot(Voice):
 
         audio, rate = soundfile.read(self.known[voice].audio, dtype="float32")
         return audio if rate == self.sample_rate else soxr.resample(audio, rate, self.sample_rate)
+
+
+ROWS_AT_ONCE = 100  # are put on the disk together
+
+
+def tokenise(weights: Path, data: str, out: Path, log=print) -> int:
+    """LibriTTS -> rows of text and speech tokens, as ``ssd-repro train-draft`` reads them; -> how many there are.
+
+    Several processes take turns; each writes ``<out>/part<rank>.jsonl`` and makes no id twice,
+    whoever made it before. Utterances above 30 s, which the speech tokenizer does not read, are
+    left out. InputError if the checkpoint or the data lacks something.
+    """
+    version = load_cosyvoice(weights).layout.version
+    front, known = Tokens(Path(weights), version), list(libritts.index(data).values())
+    rank, world = experiment.process()
+    out, own = Path(out), Path(out) / f"part{rank}.jsonl"
+    with experiment.locked(own.with_suffix(".lock")):
+        for part in (p for p in out.glob("part*.jsonl") if rank == 0 and int(p.stem[4:]) >= world):
+            with experiment.locked(part.with_suffix(".lock")):  # of an earlier run with more processes
+                experiment.drop_half_line(part)
+        experiment.drop_half_line(own)
+        done = {row["id"] for part in out.glob("*.jsonl") for row in experiment.read_rows(part)}
+        mine = [one for one in known[rank::world] if one.id not in done and libritts.seconds(one.audio) <= 30]
+        for start in range(0, len(mine), ROWS_AT_ONCE):
+            rows = [_row(front, one) for one in mine[start : start + ROWS_AT_ONCE]]
+            experiment.append_rows(own, rows)
+            log(f"{start + len(rows)} of {len(mine)} utterances")
+    return len(done) + len(mine)
+
+
+def _row(front: Tokens, one: libritts.Spoken) -> dict:
+    before = front.words(SYSTEM_TEXT[front.version])["input_ids"] if SYSTEM_TEXT[front.version] else []
+    row = {"id": one.id, "text_ids": front.pieces(one.text)[0], "speech": front.speech_tokens(one.audio)}
+    return row | ({"prompt_text": before} if before else {})
 
 
 def is_cosyvoice(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from conftest import ROOT
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
 import ssd_repro
-from ssd_repro import checkpoints, experiment, libritts, metrics, zero_shot
+from ssd_repro import checkpoints, draft_data, experiment, libritts, metrics, zero_shot
 from ssd_repro.errors import InputError
 from ssd_repro.speech_lm import make_draft
 
@@ -48,9 +48,6 @@ def released(tmp_path_factory):
     root = tmp_path_factory.mktemp("released")
     weights = tiny_cosyvoice.save_released(root / "weights", tiny_cosyvoice.Upstream(2))
     tiny_cosyvoice.save_tokenizer(weights / "CosyVoice-BlankEN", size=200)
-    (weights / "CosyVoice-BlankEN" / "config.json").write_text(  # the tokenizer's files leave it alone
-        (weights / "CosyVoice-BlankEN" / "config.json").read_text()
-    )
     (weights / "speech_tokenizer_v2.onnx").write_bytes(tiny_onnx.speech_tokenizer())
     target = checkpoints.load_cosyvoice(weights)
     checkpoints.save_draft(root / "draft", make_draft(target), target, {})
@@ -191,6 +188,27 @@ def test_what_is_missing_is_said(released, monkeypatch):
         load(released, "magic")
     with pytest.raises(InputError, match="leave draft and data empty"):
         ssd_repro.load(device="cpu", draft="x")
+
+
+def test_tokenised_libritts_is_what_train_draft_reads(released, tmp_path, monkeypatch):
+    out = tmp_path / "rows"
+    monkeypatch.setattr(zero_shot, "ROWS_AT_ONCE", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        zero_shot.tokenise(released / "weights", released / "data", out, log=lambda _: None)
+    part = out / "part1.jsonl"
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])  # killed in the middle; goes on as one process
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert zero_shot.tokenise(released / "weights", released / "data", out, log=lambda _: None) == 15
+    rows = draft_data.read_data(out, draft_data.load_target(released / "weights"))
+    assert sorted(group[0].id for group in rows) == list(libritts.index(released / "data"))
+    voice = load(released, "tokens")
+    for (one,) in rows:
+        prompt = voice.enrol(one.id)
+        assert one.speech.tolist() == prompt.speech and one.text.tolist() == prompt.text
 
 
 # WavLM
