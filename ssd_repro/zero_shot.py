@@ -8,6 +8,7 @@ sound: the language model's numbers alone.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -129,9 +130,14 @@ class Tokens:
         marks = ["<|im_start|>", "<|im_end|>", "<|endofprompt|>"]
         self.words.add_tokens(marks, special_tokens=True)
         self.mel = WhisperFeatureExtractor(feature_size=128)
-        kinds = [k for k in ("CUDAExecutionProvider", "CPUExecutionProvider")
-                 if k in onnxruntime.get_available_providers()]  # fmt: skip
-        self.tokenizer, self.version = onnxruntime.InferenceSession(files[0], providers=kinds), version
+        mine = {"device_id": int(os.environ.get("LOCAL_RANK", "0"))}
+        kinds = (
+            [("CUDAExecutionProvider", mine)]
+            if "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+            else []
+        )
+        self.tokenizer = onnxruntime.InferenceSession(files[0], providers=[*kinds, "CPUExecutionProvider"])
+        self.version = version
 
     def pieces(self, text: str) -> list[list[int]]:
         return [self.words(text)["input_ids"]]
@@ -267,6 +273,8 @@ def load(
     ):
         if not value:
             raise InputError(f"{folder} is a CosyVoice, which also needs {name}: {what}")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # upstream's package takes the current one
     target = load_cosyvoice(folder)
     layout = target.layout
     small = checkpoints.load_draft(Path(draft), target)
