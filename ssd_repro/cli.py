@@ -1,15 +1,16 @@
-"""The command ``ssd-repro``: speak, run, train-draft. Bad input is one sentence on stderr and exit code 2."""
+"""The command ``ssd-repro``: speak, run, tokenise, train-draft. Bad input is one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import stat
 import sys
 import tempfile
 import warnings
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from .errors import InputError
@@ -39,7 +40,7 @@ def _number(convert, what: str):
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|train-draft")
+    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|tokenise|train-draft")
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
@@ -64,6 +65,12 @@ def parser() -> Parser:
     run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                      help="set a parameter of the notebooks, over the profile's")  # fmt: skip
     run.set_defaults(function=run_notebooks)
+
+    tokens = commands.add_parser("tokenise", help="LibriTTS as the rows that train-draft learns from; alone, or launched")
+    tokens.add_argument("--target", type=Path, required=True, metavar="DIR", help="a released CosyVoice 2 or 3")
+    tokens.add_argument("--data", required=True, metavar="DIR", help="LibriTTS, one subset or all of them")
+    tokens.add_argument("--out", type=Path, required=True, metavar="DIR", help="part0.jsonl, ...; a killed one goes on")
+    tokens.set_defaults(function=run_tokenise)
 
     train = commands.add_parser("train-draft", help="train a draft for a target; alone, or under accelerate launch or torchrun")
     train.add_argument("--target", type=Path, required=True, metavar="DIR", help="CosyVoice 2 or 3, or a voice folder")
@@ -168,7 +175,17 @@ def describe(take, out: str | None) -> str:
     return "\n".join(lines)
 
 
-# train-draft
+# tokenise, train-draft
+
+
+def run_tokenise(options) -> int:
+    from . import zero_shot
+
+    if not Path(options.data).is_dir():
+        raise InputError(f"--data {options.data} is not a folder: give that of LibriTTS")
+    count = zero_shot.tokenise(options.target, options.data, options.out, log=_to_stderr)
+    print(f"{options.out}: {count} utterances")
+    return 0
 
 
 def run_train_draft(options) -> int:
@@ -261,7 +278,7 @@ def parameters_for(kinds: dict[Path, dict[str, str]], profile: dict, given: list
             raise InputError(f"unknown parameter {name!r}: choose one of {', '.join(every)}")
     values = {name: value for name, value in profile.items() if name in every}
     for name, value in values.items():
-        if not fits(value, every[name]):
+        if value is not None and not fits(value, every[name]):
             raise InputError(f"the profile's {name} must be {every[name]}, got {value!r}")
     values |= {name: parse_value(name, text, every[name]) for name, text in given}
     return {path: {n: v for n, v in values.items() if n in declared} for path, declared in kinds.items()}
@@ -276,7 +293,7 @@ def check_profile(folder: Path, name: str, profile: dict) -> None:
 
 
 def run_notebooks(options) -> int:
-    from .experiment import locked, results_folder
+    from .experiment import locked, process, results_folder
 
     folder = notebooks_folder()
     chosen = choose_notebooks(folder, options.only)
@@ -286,12 +303,69 @@ def run_notebooks(options) -> int:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give the name of a folder")
     parameters = parameters_for({path: declared(path) for path in chosen}, profile, options.parameters)
+    check_given(options.profile, parameters)
+    fixed = {"profile": options.profile, "out": _as_typed(out)}
+    rank, world = process()
     code = 0
-    with locked(out / ".run.lock"):
+    with nullcontext() if rank else locked(out / ".run.lock"):
+        if world > 1:
+            share_rows({path: fixed | parameters[path] for path in chosen})
+            if rank:
+                return 0
         for path in chosen:
-            fixed = {"profile": options.profile, "out": _as_typed(out)}
             code = max(code, execute(path, out, fixed | parameters[path]))
     return code
+
+
+def check_given(name: str, parameters: dict[Path, dict]) -> None:
+    """InputError if a parameter that the profile leaves open (null) was not set with -p."""
+    import papermill
+
+    missing = {n: path for path, values in parameters.items() for n, value in values.items() if value is None}
+    if missing:
+        asked = " ".join(f"-p {n} VALUE" for n in missing)
+        about = "; ".join(f"{n}: {papermill.inspect_notebook(str(path))[n]['help']}" for n, path in missing.items())
+        raise InputError(f"profile {name} needs {asked} ({about})")
+
+
+# Several processes: torchrun, accelerate launch
+
+
+def share_rows(parameters: dict[Path, dict]) -> None:
+    """Each process makes the rows of its share of utterances; returns when all have.
+
+    A process runs a notebook's own statements up to its last ``experiment.run``, which knows
+    the process's rank. What follows (tables, figures) is left to rank 0, which afterwards
+    executes the notebooks alone and finds all rows made.
+    """
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    for path, values in parameters.items():
+        if code := code_of_rows(path):
+            space = {"__name__": "__main__"}
+            injected = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
+            first, *rest = code
+            for source in (first, injected, *rest):
+                exec(compile(source, path.name, "exec", dont_inherit=True), space)
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
+    dist.barrier()
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the notebooks run in one process
+        os.environ.pop(name, None)
+
+
+def code_of_rows(path: Path) -> list[str]:
+    """The parameters cell of a notebook and its statements up to the last ``experiment.run``; [] without."""
+    import nbformat
+
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    statements = [(i > 0, ast.unparse(s)) for i, cell in enumerate(cells) for s in ast.parse(cell).body]
+    last = max((i for i, (_, code) in enumerate(statements) if "experiment.run(" in code), default=None)
+    if last is None:
+        return []
+    return [cells[0], *(code for body, code in statements[: last + 1] if body)]
 
 
 def _as_typed(path: Path) -> str:

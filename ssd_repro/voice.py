@@ -47,6 +47,7 @@ class Take:
     tolerance: float
     draft_length: int
     sample_rate: int = SAMPLE_RATE
+    gap_seconds: float = PAUSE_SECONDS  # between the pieces
 
     @property
     def audio_seconds(self) -> float:
@@ -145,6 +146,10 @@ def decode_config(phones: int, ratio: tuple[float, float], stop_ids: tuple[int, 
 class Voice:
     """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
 
+    sample_rate = SAMPLE_RATE
+    gap_seconds = PAUSE_SECONDS
+    front_end = "bundled"  # a CosyVoice's is upstream's, or tokens alone
+    audible = True  # False: no waveform is made, and none is measured
     precision, compile = "fp32", False  # how the models run: a row's settings, as timings depend on it
 
     def __init__(
@@ -184,7 +189,8 @@ class Voice:
         if method not in METHODS:
             raise InputError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
         if voice not in self.names:
-            raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names)}")
+            more = f" and {len(self.names) - 9} more" if len(self.names) > 9 else ""
+            raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names[:9])}{more}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
         self.config(1, tolerance, draft_length)
         return check_text(text)
@@ -206,6 +212,20 @@ class Voice:
         codes = torch.tensor([shown["codes"]], dtype=torch.long, device=self.device)
         return torch.cat([self.target.model.embed_tokens(ids), self.target.speech_embedding(codes)], 1)
 
+    def text_ids(self, text: str, voice: str) -> list[list[int]]:
+        """Text token ids of each piece of ``text``."""
+        return [phone_ids(piece, language(voice)) for piece in sentences(text)]
+
+    def vocode(self, tokens: tuple[int, ...], voice: str) -> np.ndarray:
+        """Speech tokens -> float32 (samples,) at ``sample_rate``."""
+        return self.codec.decode(torch.tensor(tokens, device=self.device), self.names.index(voice))
+
+    def utterances(self, count: int, seed: int = 0) -> list:
+        """The first ``count`` held-out sentences, the voices in turn (``experiment.utterances``)."""
+        from . import experiment
+
+        return experiment.utterances(count, self.names, seed)
+
     def speak(
         self,
         text: str,
@@ -223,7 +243,7 @@ class Voice:
         text = self.check(text, method, voice, tolerance, draft_length, seed)
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
-        pieces = [phone_ids(piece, language(voice)) for piece in sentences(text)]
+        pieces = self.text_ids(text, voice)
         seconds = {"text": time.perf_counter() - began}
         results, audio = [], []
         spent = 0.0
@@ -231,10 +251,8 @@ class Voice:
             result = self.decode(phones, method, voice, tolerance, draft_length, generator, on_tokens)
             results.append(result)
             began = time.perf_counter()
-            audio += [
-                self.codec.decode(torch.tensor(result.tokens, device=self.device), self.names.index(voice))
-            ]
-            audio += [np.zeros(int(PAUSE_SECONDS * SAMPLE_RATE), np.float32)]
+            audio += [self.vocode(result.tokens, voice)]
+            audio += [np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)]
             spent += time.perf_counter() - began
         for phase in results[0].seconds:
             seconds[phase] = sum(r.seconds[phase] for r in results)
@@ -250,6 +268,8 @@ class Voice:
             str(self.device),
             tolerance,
             draft_length,
+            self.sample_rate,
+            self.gap_seconds,
         )
 
     def decode(
@@ -280,13 +300,17 @@ def load(
     precision: str = "fp32",
     compile: bool = False,
     max_length: int = 1024,
+    draft: str = "",
+    data: str = "",
+    front_end: str = "upstream",
 ) -> Voice:
-    """Load a voice folder (the bundled one by default). Raises InputError.
+    """Load a voice folder (the bundled one by default), or a CosyVoice 2 or 3. Raises InputError.
 
     device: auto, cpu or cuda. precision of target and draft: fp32 or bf16; the codec stays fp32.
     compile: decode in static caches of ``max_length`` positions (prompt and speech tokens of a
     sentence) with compiled forwards, CUDA graphs on CUDA; the first sentences then wait for the
-    compiler. See ``static.StaticLM``.
+    compiler. See ``static.StaticLM``. draft, data, front_end: of a CosyVoice alone, see
+    ``zero_shot.load``.
     """
     if precision not in PRECISIONS:  # before any work
         raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
@@ -298,5 +322,13 @@ def load(
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # of several processes on a machine each takes its own GPU
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     folder = Path(path) if path else checkpoints.BUNDLED
+    from . import zero_shot
+
+    if zero_shot.is_cosyvoice(folder):
+        return zero_shot.load(folder, device, precision, compile, draft, data, front_end)
+    if draft or data:
+        raise InputError(f"{folder} is a voice with its own draft and sentences: leave draft and data empty")
     return Voice(*checkpoints.load_voice(folder), folder, device, precision, compile, max_length)

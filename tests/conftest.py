@@ -19,8 +19,9 @@ def fake(monkeypatch):
     from ssd_repro import metrics
 
     voice = fake_voice.FakeVoice()
-    monkeypatch.setattr(ssd_repro, "load", lambda path=None, device="auto": voice)
+    monkeypatch.setattr(ssd_repro, "load", lambda path=None, device="auto", **_: voice)
     monkeypatch.setattr(metrics, "measure", fake_voice.fake_measure)
+    monkeypatch.setattr(metrics, "load", lambda *_: None)
     return voice
 
 

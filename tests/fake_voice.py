@@ -64,11 +64,11 @@ class FakeVoice(Voice):
         return tone(2.0 + self.names.index(voice))
 
 
-def fake_load(path=None, device="auto"):
+def fake_load(path=None, device="auto", **other):
     return FakeVoice(pause=0.002)
 
 
-def fake_measure(audio, rate, text, reference, whisper=""):
+def fake_measure(audio, rate, text, reference, whisper="", speaker=""):
     """Scores that depend on the audio alone."""
     words = len(text.split())
     return {
