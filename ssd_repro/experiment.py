@@ -2,7 +2,11 @@
 
 Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins.
 A row's key is over its settings, the weights, the code and the machine: rows of another
-model, code or machine stay in the file, but are never used for this one.
+model, code or machine stay in the file, but are never used for this one. Grids share rows:
+what any file of the folder holds is not made again.
+
+A row is timed against its own baseline: the autoregressive target, decoded in turn with it
+(``base_*``), whatever run that was. So rows of different runs compare by their ratios.
 
 Several processes (torchrun, ``accelerate launch``) share the utterances: each writes
 ``<name>.rank<r>.jsonl``, and the next run in one process puts those into ``<name>.jsonl``.
@@ -20,7 +24,7 @@ import statistics
 import subprocess
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata, resources
@@ -30,27 +34,52 @@ import numpy as np
 import pandas as pd
 
 from . import metrics
+from .codec import TOKEN_RATE
 from .errors import InputError
 
 # Modules that no row depends on; a change in any other makes a new code revision.
-NOT_IN_ROWS = {"__main__", "cli", "figures", "tables", "training", "recipe", "corpus", "draft_data",
-               "draft_training", "cosyvoice"}  # fmt: skip
+NOT_IN_ROWS = {"__main__", "cli", "compare", "curves", "figures", "report", "tables", "theory", "interactive",
+               "training", "recipe", "corpus", "draft_data", "draft_training", "cosyvoice"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
             "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
 WARM_UP = "This short sentence warms the machine up."
+BLOCK = 4  # utterances that each of several processes decodes before they all measure
+SILENCE_DB = -35.0  # a token's 40 ms, against the 95th percentile of its utterance's tokens
 
 
 @dataclass(frozen=True)
 class System:
-    """One line of a table: how to decode. The two numbers are for the speculative method alone."""
+    """One line of a table: how to decode, and whether the sound is measured.
+
+    tolerance, draft_length: of the speculative method alone. temperature: the sampler's, for
+    draft and target; None: the voice's own. heard: with WER, DNSMOS and speaker similarity.
+    """
 
     method: str
     tolerance: float | None = None
     draft_length: int | None = None
+    temperature: float | None = None
+    heard: bool = True
 
     def arguments(self) -> dict:
         """What ``voice.speak`` gets: its own defaults where nothing is set."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "heard"}
+
+
+AUTOREGRESSIVE = System("autoregressive")
+
+
+def grid(
+    tolerances=(), draft_lengths=(), temperatures=(), tolerance: float = 0.4, draft_length: int = 3,
+    heard: bool = True,
+) -> list[System]:  # fmt: skip
+    """SSD over one setting at a time, the others at (tolerance, draft_length, the voice's temperature)."""
+    beta, length = float(tolerance), draft_length
+    return [
+        *(System("speculative", float(b), length, heard=heard) for b in tolerances),
+        *(System("speculative", beta, n, heard=heard) for n in draft_lengths),
+        *(System("speculative", beta, length, float(t), heard=heard) for t in temperatures),
+    ]
 
 
 @dataclass(frozen=True)
@@ -71,94 +100,185 @@ def evaluation_sentences(part: str = "eval") -> list[tuple[str, str]]:
 
 
 def utterances(count: int, voices: tuple[str, ...], seed: int = 0, part: str = "eval") -> list[Utterance]:
-    """The first ``count`` held-out sentences, dealt to the voices in turn; one seed for each."""
+    """``count`` utterances: the held-out sentences in order, dealt to the voices in turn, a seed for each.
+
+    After the last sentence (of 200) they begin anew, each now with the next voice and a new seed.
+    """
     known = evaluation_sentences(part)
-    if not 1 <= count <= len(known):
-        raise InputError(f"sentences must be a whole number from 1 to {len(known)}, got {count}")
+    most = len(known) * len(voices)
+    if not 1 <= count <= most:
+        raise InputError(
+            f"sentences must be a whole number from 1 to {most} ({len(known)} sentences, {len(voices)} voices), got {count}"
+        )
+    rounds = (divmod(i, len(known)) for i in range(count))
     return [
-        Utterance(text_id, text, voices[i % len(voices)], seed + i)
-        for i, (text_id, text) in enumerate(known[:count])
+        Utterance(*known[i], voices[(i + again) % len(voices)], seed + again * len(known) + i) for again, i in rounds
     ]
 
 
 def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker="",
-        progress=lambda it: it):  # fmt: skip
-    """Decode and measure what is not yet in the rows file -> DataFrame, one row per utterance.
+        base: System | None = AUTOREGRESSIVE, progress=lambda it: it):  # fmt: skip
+    """Decode and measure what no rows file holds yet -> DataFrame, one row per utterance and system.
 
     Fair timing: one warm-up of every system; then, sentence by sentence, the systems take
     turns (who begins rotates), ``repeats`` times with the same seed, and the median counts.
-    Metrics are computed after the timed part of a sentence.
+    ``base`` takes its turn wherever something is decoded, also where its own row is there
+    (None: no baseline, for rows that no speed-up is read from). Metrics are computed after the
+    timed part, of several processes when all of them have ended it.
     """
     if not isinstance(repeats, int) or repeats < 1:
         raise InputError(f"repeats must be a whole number of at least 1, got {repeats!r}")
+    systems = _plain(systems, voice)
     for said in utterances:  # before any work
         for system in systems:
             voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
     context = {**where(voice.device), "precision": voice.precision, "compile": voice.compile,
-               "front_end": voice.front_end, "weights": voice.weights_id, "code": code_revision(),
-               "repeats": repeats, **metrics.models(whisper, speaker)}  # fmt: skip
+               "front_end": voice.front_end, "weights": voice.weights_id, "sampler": asdict(voice.sampler),
+               "code": code_revision(), "repeats": repeats, **metrics.models(whisper, speaker)}  # fmt: skip
     rank, world = process()
-    utterances = utterances[rank::world]
-    grid = [[(system, row_settings(system, said, context)) for system in systems] for said in utterances]
-    keys = [key(settings) for cells in grid for _, settings in cells]
+    mine = utterances[rank::world]
+    cells = [[(system, row_settings(system, said, context)) for system in systems] for said in mine]
+    block = BLOCK if world > 1 else 1
 
     with locked_rows(folder, name, rank) as path:
         if world == 1:
             merge_rows(path)
         drop_half_line(path)
-        done = {row["key"] for row in known_rows(path)}
-        if set(keys) - done:
-            if voice.audible:
-                metrics.load(whisper, speaker)  # a model that cannot be had is known before any work
-            for system in systems:
-                voice.speak(WARM_UP, voice=utterances[0].voice, seed=0, **system.arguments())
-        for i, cells in enumerate(progress(grid)):
-            turn = [cells[(i + j) % len(cells)] for j in range(len(cells))]
-            missing = [(system, s) for system, s in turn if key(s) not in done]
-            for row in decode_and_measure(voice, missing, utterances[i], repeats, whisper, speaker):
-                append_row(path, row)
-        rows = {row["key"]: row for row in known_rows(path)}
-    return to_frame(rows[k] for k in keys)
+        known = rows_of_folder(folder)
+        missing = {system for line in cells for system, s in line if find(known, s) is None}
+        _warm_up(voice, [s for s in systems if s in missing], base, mine, (whisper, speaker))
+        for begin in progress(range(0, -(-len(utterances) // world), block)):
+            chosen = range(begin, min(begin + block, len(mine)))
+            timed = []
+            for i in chosen:
+                new = [(system, s) for system, s in cells[i] if find(known, s) is None]
+                order = lineup(systems, [system for system, _ in new], base, i)
+                timed.append((new, mine[i], decode(voice, order, mine[i], repeats)))
+            wait_for_all()
+            for new, said, takes in timed:
+                for row in rows_of(voice, new, said, takes, base, whisper, speaker):
+                    append_row(path, row)
+                    known[row["key"]] = row
+            wait_for_all()
+    return to_frame(find(known, settings) for line in cells for _, settings in line)
 
 
-def decode_and_measure(voice, cells, said: Utterance, repeats: int, whisper: str, speaker: str):
-    """Timed decodes of one utterance, the systems in turn; then its rows, one by one."""
-    takes: list[list] = [[] for _ in cells]
+def _plain(systems, voice) -> list[System]:
+    """Each once: the voice's own temperature is no other one, and heard is more than unheard."""
+    own = voice.sampler.temperature
+    plain = [replace(s, temperature=None) if s.temperature == own else s for s in systems]
+    return list(dict.fromkeys(replace(s, heard=True) if replace(s, heard=True) in plain else s for s in plain))
+
+
+def _same(a: System | None, b: System | None) -> bool:
+    """Whether they decode alike, heard or not."""
+    return a is not None and b is not None and a.arguments() == b.arguments()
+
+
+def lineup(systems: list[System], missing: list[System], base: System | None, turn: int) -> list[System]:
+    """Who decodes, in which order: what is missing and the base, begun one further with each ``turn``."""
+    if not missing:
+        return []
+    order = systems if base is None or any(_same(base, s) for s in systems) else [base, *systems]
+    first = turn % len(order)
+    return [s for s in order[first:] + order[:first] if s in missing or _same(s, base)]
+
+
+def _warm_up(voice, missing: list[System], base: System | None, said: list[Utterance], models) -> None:
+    """Models that cannot be had are known before any work; then one decode of every system."""
+    if any(system.heard for system in missing) and voice.audible:
+        metrics.load(*models)
+    for system in lineup(missing, missing, base, 0):
+        voice.speak(WARM_UP, voice=said[0].voice, seed=0, **system.arguments())
+
+
+def decode(voice, order: list[System], said: Utterance, repeats: int) -> dict[System, list]:
+    """Timed decodes of one utterance, the systems in turn -> the takes of each."""
+    takes: dict[System, list] = {system: [] for system in order}
     for _ in range(repeats):
-        for (system, _), mine in zip(cells, takes, strict=True):
+        for system, mine in takes.items():
             mine.append(voice.speak(said.text, voice=said.voice, seed=said.seed, **system.arguments()))
-    for (_, settings), mine in zip(cells, takes, strict=True):
-        take = mine[0]
-        if voice.audible:
-            reference = voice.reference(said.voice)
+    return takes
+
+
+def rows_of(voice, new, said: Utterance, takes: dict, base: System | None, whisper: str, speaker: str):
+    """One by one the rows of one utterance: ``new`` (system, settings), as ``decode`` timed them, and heard."""
+    beside = next((mine for system, mine in takes.items() if _same(system, base)), None)
+    settings = dict(new)
+    for system in (system for system in takes if system in settings):
+        scores = metrics.UNHEARD
+        if system.heard and voice.audible:
+            take, reference = takes[system][0], voice.reference(said.voice)
             scores = metrics.measure(take.audio, take.sample_rate, said.text, reference, whisper, speaker)
-        else:
-            scores = metrics.UNHEARD
-        yield {"key": key(settings), **settings, **measured(mine), **scores}
+        own = settings[system]
+        yield {"key": key(own), **own, **measured(takes[system]), **baseline(beside),
+               "processes": process()[1], **scores}  # fmt: skip
 
 
 def measured(takes: list) -> dict:
-    """One row's numbers from repeated takes: medians of seconds, all else from the first."""
+    """One row's numbers from repeated takes: medians of seconds, all else from the first.
+
+    pieces: tokens of each sentence of the text. rounds: of each sentence the [drafted,
+    accepted] of its rounds, none where nothing was drafted (every round then gives one token).
+    """
     take = takes[0]
-    rounds = [r for sentence in take.sentences for r in sentence.rounds]
+    speculated = any(r.drafted for sentence in take.sentences for r in sentence.rounds)
+    rounds = [[[r.drafted, r.accepted] for r in s.rounds if speculated] for s in take.sentences]
     return {
         "tokens": len(take.token_ids),
-        "tokens_sha256": hashlib.sha256(np.asarray(take.token_ids, "<i4").tobytes()).hexdigest(),
+        "token_ids": list(take.token_ids),
+        "pieces": [len(sentence.tokens) for sentence in take.sentences],
+        "rounds": rounds,
+        "carries": carries(take),
+        "gap_seconds": take.gap_seconds,
         "repeatable": all(other.token_ids == take.token_ids for other in takes),
         "stopped": take.stopped,
         "audio_seconds": take.audio_seconds,
-        "lm_seconds": statistics.median(t.lm_seconds for t in takes),
-        "lm_seconds_each": [t.lm_seconds for t in takes],
-        "synthesis_seconds": statistics.median(t.rtf * t.audio_seconds for t in takes),
-        "seconds": {k: statistics.median(t.seconds[k] for t in takes) for k in take.seconds},
+        "lm_seconds": _median(t.lm_seconds for t in takes),
+        "lm_seconds_each": [round(t.lm_seconds, 6) for t in takes],
+        "synthesis_seconds": _median(t.rtf * t.audio_seconds for t in takes),
+        "seconds": {k: _median(t.seconds[k] for t in takes) for k in take.seconds},
         "target_calls": take.target_calls,
         "draft_calls": take.draft_calls,
-        "drafted": sum(r.drafted for r in rounds),
-        "accepted": sum(r.accepted for r in rounds),
-        "rounds": [[r.drafted, r.accepted] for r in rounds],
+        "drafted": sum(r.drafted for s in take.sentences for r in s.rounds),
+        "accepted": sum(r.accepted for s in take.sentences for r in s.rounds),
         "acceptance_rate": take.acceptance_rate,
         "tokens_per_target_call": take.tokens_per_target_call,
     }
+
+
+def baseline(takes: list | None) -> dict:
+    """Of a row's baseline, the autoregressive target decoded in turn with it; {} without one."""
+    if takes is None:
+        return {}
+    return {
+        "base_tokens": len(takes[0].token_ids),
+        "base_audio_seconds": takes[0].audio_seconds,
+        "base_lm_seconds": _median(t.lm_seconds for t in takes),
+        "base_prefill_seconds": _median(t.seconds["prefill"] for t in takes),
+        "base_synthesis_seconds": _median(t.rtf * t.audio_seconds for t in takes),
+    }
+
+
+def _median(seconds) -> float:
+    """To the microsecond."""
+    return round(statistics.median(seconds), 6)
+
+
+def carries(take) -> str:
+    """What each token carries by its 40 ms of sound, a letter each: s speech, '.' silence.
+
+    Silence lies SILENCE_DB below the 95th percentile of the tokens. Empty where the sound
+    cannot be laid beside the tokens: it is longer or shorter than they say, or there is none.
+    """
+    counts = [len(sentence.tokens) for sentence in take.sentences]
+    width, gap = take.sample_rate // TOKEN_RATE, int(take.gap_seconds * take.sample_rate)
+    if not sum(counts) or len(take.audio) != sum(counts) * width + gap * (len(counts) - 1):
+        return ""
+    begins = np.cumsum([0, *(n * width + gap for n in counts)])
+    spoken = np.concatenate([take.audio[b : b + n * width] for b, n in zip(begins, counts, strict=False)])
+    level = 10 * np.log10(np.square(spoken.reshape(-1, width)).mean(1) + 1e-12)
+    return "".join("." if low else "s" for low in level < np.percentile(level, 95) + SILENCE_DB)
 
 
 # Keys: settings, weights, code, machine
@@ -170,6 +290,11 @@ def row_settings(system: System, said: Utterance, context: dict) -> dict:
 
 def key(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find(known: dict[str, dict], settings: dict) -> dict | None:
+    """The row of these settings; where none needs to be heard, a heard one will do."""
+    return known.get(key(settings)) or known.get(key({**settings, "heard": True}))
 
 
 @lru_cache(maxsize=1)
@@ -205,7 +330,15 @@ def _processor() -> str:
 
 def process() -> tuple[int, int]:
     """(rank, how many processes), as torchrun and ``accelerate launch`` set them; (0, 1) alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_all() -> None:
+    """Until every process of ``ssd-repro run`` has come here: nobody measures while another is timed."""
+    import torch.distributed as dist
+
+    if process()[1] > 1 and dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 @contextmanager
@@ -224,10 +357,10 @@ def rank_files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name.partition('.')[0]}.rank*.jsonl"))
 
 
-def known_rows(path: Path) -> list[dict]:
-    """The rows of a rows file and of every process's part of it."""
-    whole = path.with_name(path.name.partition(".")[0] + ".jsonl")
-    return [row for part in (whole, *rank_files(path)) for row in read_rows(part)]
+def rows_of_folder(folder) -> dict[str, dict]:
+    """key -> row, of all rows files of a results folder and of every process's part of them."""
+    paths = sorted((Path(folder) / "rows").glob("*.jsonl"))
+    return {row["key"]: row for path in paths for row in read_rows(path)}
 
 
 def merge_rows(path: Path) -> None:
@@ -253,7 +386,7 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def append_rows(path: Path, rows) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     try:
         with path.open("ab") as handle:
             size = handle.tell()
@@ -316,12 +449,18 @@ def locked(path: Path):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as handle:
-        handle.write(text)
-    os.chmod(handle.name, 0o644)
-    os.replace(handle.name, path)
+    """Write beside and rename: a reader sees the old file or the new one. InputError on a full disk."""
+    handle = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as handle:
+            handle.write(text)
+        os.chmod(handle.name, 0o644)
+        os.replace(handle.name, path)
+    except OSError as error:
+        if handle:
+            Path(handle.name).unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}; what was there is kept") from error
 
 
 # Where results and notebooks are, and what made them

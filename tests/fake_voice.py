@@ -72,6 +72,7 @@ def fake_measure(audio, rate, text, reference, whisper="", speaker=""):
     """Scores that depend on the audio alone."""
     words = len(text.split())
     return {
-        "transcript": text, "word_errors": len(audio) % 3, "words": words, "p808": 3.5, "sig": 3.4,
+        "transcript": text, "word_errors": len(audio) % 3, "words": words,
+        "char_errors": len(audio) % 5, "chars": len(text), "p808": 3.5, "sig": 3.4,
         "bak": 3.9, "ovrl": 3.1, "similarity": 0.8 + len(audio) % 7 / 100,
     }  # fmt: skip

@@ -147,8 +147,8 @@ def test_settings_are_checked_before_any_work(fake, tmp_path):
     with pytest.raises(InputError, match="7.0"):
         experiment.run(fake, systems, experiment.utterances(1, fake.names), tmp_path, "x")
     assert fake.calls == [] and not (tmp_path / "rows").exists()
-    for count in (0, 201):
-        with pytest.raises(InputError, match=f"from 1 to 200, got {count}"):
+    for count in (0, 1201):
+        with pytest.raises(InputError, match=f"from 1 to 1200 .200 sentences, 6 voices., got {count}"):
             experiment.utterances(count, fake.names)
 
 
