@@ -117,14 +117,14 @@ def utterances(count: int, voices: tuple[str, ...], seed: int = 0, part: str = "
 
 
 def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker="",
-        base: System | None = AUTOREGRESSIVE, progress=lambda it: it):  # fmt: skip
+        progress=lambda it: it):  # fmt: skip
     """Decode and measure what no rows file holds yet -> DataFrame, one row per utterance and system.
 
     Fair timing: one warm-up of every system; then, sentence by sentence, the systems take
     turns (who begins rotates), ``repeats`` times with the same seed, and the median counts.
-    ``base`` takes its turn wherever something is decoded, also where its own row is there
-    (None: no baseline, for rows that no speed-up is read from). Metrics are computed after the
-    timed part, of several processes when all of them have ended it.
+    The autoregressive target takes its turn wherever something is decoded, as its baseline, also
+    where its own row is there or was not asked for. Metrics are computed after the timed part,
+    of several processes when all of them have ended it.
     """
     if not isinstance(repeats, int) or repeats < 1:
         raise InputError(f"repeats must be a whole number of at least 1, got {repeats!r}")
@@ -146,17 +146,17 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker
         drop_half_line(path)
         known = rows_of_folder(folder)
         missing = {system for line in cells for system, s in line if find(known, s) is None}
-        _warm_up(voice, [s for s in systems if s in missing], base, mine, (whisper, speaker))
+        _warm_up(voice, [s for s in systems if s in missing], mine, whisper, speaker)
         for begin in progress(range(0, -(-len(utterances) // world), block)):
             chosen = range(begin, min(begin + block, len(mine)))
             timed = []
             for i in chosen:
                 new = [(system, s) for system, s in cells[i] if find(known, s) is None]
-                order = lineup(systems, [system for system, _ in new], base, i)
+                order = lineup(systems, [system for system, _ in new], i)
                 timed.append((new, mine[i], decode(voice, order, mine[i], repeats)))
             wait_for_all()
             for new, said, takes in timed:
-                for row in rows_of(voice, new, said, takes, base, whisper, speaker):
+                for row in rows_of(voice, new, said, takes, whisper, speaker):
                     append_row(path, row)
                     known[row["key"]] = row
             wait_for_all()
@@ -170,25 +170,25 @@ def _plain(systems, voice) -> list[System]:
     return list(dict.fromkeys(replace(s, heard=True) if replace(s, heard=True) in plain else s for s in plain))
 
 
-def _same(a: System | None, b: System | None) -> bool:
-    """Whether they decode alike, heard or not."""
-    return a is not None and b is not None and a.arguments() == b.arguments()
+def _is_base(system: System) -> bool:
+    """Whether it decodes as the baseline does, heard or not."""
+    return system.arguments() == AUTOREGRESSIVE.arguments()
 
 
-def lineup(systems: list[System], missing: list[System], base: System | None, turn: int) -> list[System]:
-    """Who decodes, in which order: what is missing and the base, begun one further with each ``turn``."""
+def lineup(systems: list[System], missing: list[System], turn: int) -> list[System]:
+    """Who decodes, in which order: what is missing and the baseline, begun one further with each ``turn``."""
     if not missing:
         return []
-    order = systems if base is None or any(_same(base, s) for s in systems) else [base, *systems]
+    order = systems if any(_is_base(s) for s in systems) else [AUTOREGRESSIVE, *systems]
     first = turn % len(order)
-    return [s for s in order[first:] + order[:first] if s in missing or _same(s, base)]
+    return [s for s in order[first:] + order[:first] if s in missing or _is_base(s)]
 
 
-def _warm_up(voice, missing: list[System], base: System | None, said: list[Utterance], models) -> None:
+def _warm_up(voice, missing: list[System], said: list[Utterance], whisper: str, speaker: str) -> None:
     """Models that cannot be had are known before any work; then one decode of every system."""
     if any(system.heard for system in missing) and voice.audible:
-        metrics.load(*models)
-    for system in lineup(missing, missing, base, 0):
+        metrics.load(whisper, speaker)
+    for system in lineup(missing, missing, 0):
         voice.speak(WARM_UP, voice=said[0].voice, seed=0, **system.arguments())
 
 
@@ -201,10 +201,9 @@ def decode(voice, order: list[System], said: Utterance, repeats: int) -> dict[Sy
     return takes
 
 
-def rows_of(voice, new, said: Utterance, takes: dict, base: System | None, whisper: str, speaker: str):
+def rows_of(voice, new, said: Utterance, takes: dict, whisper: str, speaker: str):
     """One by one the rows of one utterance: ``new`` (system, settings), as ``decode`` timed them, and heard."""
-    beside = next((mine for system, mine in takes.items() if _same(system, base)), None)
-    settings = dict(new)
+    beside, settings = next((mine for system, mine in takes.items() if _is_base(system)), []), dict(new)
     for system in (system for system in takes if system in settings):
         scores = metrics.UNHEARD
         if system.heard and voice.audible:
@@ -247,10 +246,8 @@ def measured(takes: list) -> dict:
     }
 
 
-def baseline(takes: list | None) -> dict:
-    """Of a row's baseline, the autoregressive target decoded in turn with it; {} without one."""
-    if takes is None:
-        return {}
+def baseline(takes: list) -> dict:
+    """Of a row's baseline, the autoregressive target decoded in turn with it."""
     return {
         "base_tokens": len(takes[0].token_ids),
         "base_audio_seconds": takes[0].audio_seconds,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from .tables import NAMES
+from .codec import TOKEN_RATE
 
 PALETTE = sns.color_palette("colorblind")
 KINDS = {  # what became of a token, in the order of the lanes from the top
@@ -32,26 +32,26 @@ PHASES = {  # of take.seconds, in the order of work
 PHASE_LABELS = {"verify": "target", "rest": "rest of the loop"}
 
 
-def timeline_events(take) -> pd.DataFrame:
-    """Every token, drafted or spoken, at its place in the audio: columns seconds, kind.
+def timeline_events(row) -> pd.DataFrame:
+    """Every token of a row, drafted or spoken, at its place in the audio: columns seconds, kind.
 
     In a round that rejects its k-th draft, that one is 'rejected' at the place of the
     'resampled' token, and those drafted after it are 'discarded'.
     """
-    from .codec import TOKEN_RATE
     events, offset = [], 0.0
-    for sentence in take.sentences:
+    for rounds, count in zip(row["rounds"], row["pieces"], strict=True):
         begin = 0
-        for turn in sentence.rounds:
-            kinds = ["accepted"] * turn.accepted + [turn.kind] * (turn.emitted - turn.accepted)
-            lost = ["rejected"] * (turn.kind == "resampled")
-            lost += ["discarded"] * (turn.drafted - turn.accepted - len(lost))
+        for drafted, accepted in rounds or [(0, 0)] * count:
+            added = "sampled" if not drafted else "bonus" if accepted == drafted else "resampled"
+            kinds = ["accepted"] * accepted + [added]
+            if begin + accepted > count:  # an accepted end of speech: nothing was added
+                added, kinds = "stopped", kinds[:-1]
+            lost = ["rejected"] * (added == "resampled")
+            lost += ["discarded"] * (drafted - accepted - len(lost))
             events += [(offset + (begin + i) / TOKEN_RATE, kind) for i, kind in enumerate(kinds)]
-            events += [
-                (offset + (begin + turn.accepted + i) / TOKEN_RATE, kind) for i, kind in enumerate(lost)
-            ]
-            begin += turn.emitted
-        offset += len(sentence.tokens) / TOKEN_RATE + take.gap_seconds
+            events += [(offset + (begin + accepted + i) / TOKEN_RATE, kind) for i, kind in enumerate(lost)]
+            begin += accepted + 1
+        offset += count / TOKEN_RATE + row["gap_seconds"]
     return pd.DataFrame(events, columns=["seconds", "kind"])
 
 
@@ -73,27 +73,16 @@ def timeline(events: pd.DataFrame, ax, title: str = ""):
     return ax
 
 
-def phase_frame(takes) -> pd.DataFrame:
-    """Seconds of each phase for each second of audio: a line a method.
-
-    Where the draft speaks alone, what the loop calls 'verify' is the draft's work.
-    """
-    lines = {}
-    for take in takes:
-        seconds = dict(take.seconds)
-        if take.method == "draft":
-            seconds["draft"] += seconds.pop("verify")
-        lines[take.method] = {phase: seconds.get(phase, 0.0) / take.audio_seconds for phase in PHASES}
-    return pd.DataFrame.from_dict(lines, orient="index")
-
-
-def phases(table: pd.DataFrame, ax):
-    """Stacked bars from ``phase_frame``: where the time of a synthesis goes."""
+def stages(table: pd.DataFrame, ax):
+    """Stacked bars from ``tables.stages``: where the time of a synthesis goes."""
     left = np.zeros(len(table))
-    names = [NAMES[method] for method in table.index]
     for phase, colour in PHASES.items():
-        ax.barh(names, table[phase], left=left, color=colour, label=PHASE_LABELS.get(phase, phase))
+        ax.barh(table.index, table[phase], left=left, color=colour, label=PHASE_LABELS.get(phase, phase))
         left += table[phase].to_numpy()
+    for y, (_, line) in enumerate(table.iterrows()):
+        text = f" RTF {line.RTF:.3f}, LM {line['LM share %']:.0f} %"
+        ax.annotate(text, (left[y], y), va="center")
+    ax.set_xlim(0, 1.35 * left.max())
     ax.invert_yaxis()
     ax.set_xlabel("seconds of work for one second of audio")
     ax.legend(ncols=len(PHASES), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False,
@@ -132,6 +121,93 @@ def table1(table: pd.DataFrame, axes):
     right.set_xlabel("WER, %")
     left.legend(loc="lower left", frameon=False)
     return axes
+
+
+def _ours_over(ax, x, table: pd.DataFrame, name: str):
+    """A column of a table over x, its interval as bars, the paper's where it has one."""
+    low, high = table[f"{name}_low"], table[f"{name}_high"]
+    ax.vlines(x, low, high, color=PALETTE[0], linewidth=2)
+    ax.plot(x, table[name], "o-", color=PALETTE[0], markersize=7, label="this repository")
+    if f"paper {name}" in table:
+        known = table[f"paper {name}"].notna().to_numpy()
+        ax.plot(np.asarray(x)[known], table[f"paper {name}"][known], "D--", color=PALETTE[1], markerfacecolor="white",
+                markersize=7, label="paper")  # fmt: skip
+    ax.grid(axis="y", alpha=0.3)
+    sns.despine(ax=ax)
+
+
+def table3(table: pd.DataFrame, axes):
+    """``tables.table3`` -> speed-up (left) and WER (right) over beta; dashed: the autoregressive target."""
+    left, right = axes
+    ssd, base = table.iloc[1:], table.iloc[0]
+    x = [float(beta) for beta in ssd.index]
+    _ours_over(left, x, ssd, "speed-up")
+    left.axhline(1, color="grey", linestyle=":")
+    left.set(xlabel="tolerance beta", ylabel="speed-up of the LM")
+    _ours_over(right, x, ssd, "WER %")
+    right.axhline(base["WER %"], color=PALETTE[0], linestyle=":")
+    right.axhline(base["paper WER %"], color=PALETTE[1], linestyle=":")
+    right.set(xlabel="tolerance beta", ylabel="WER, %")
+    left.legend(frameon=False)
+    return axes
+
+
+def figure3(table: pd.DataFrame, axes):
+    """``tables.figure3`` -> speed-up (left), acceptance rate (right) over L_d."""
+    left, right = axes
+    _ours_over(left, table.index, table, "speed-up")
+    left.axhline(1, color="grey", linestyle=":")
+    left.set(xlabel="drafted tokens a round, L_d", ylabel="speed-up of the LM")
+    left.legend(frameon=False)
+    right.plot(table.index, table["acceptance"], "o-", color=PALETTE[2], markersize=7)
+    right.set(xlabel="drafted tokens a round, L_d", ylabel="accepted / drafted", ylim=(0, 1))
+    right.grid(axis="y", alpha=0.3)
+    sns.despine(ax=right)
+    for ax in axes:
+        ax.set_xticks(list(table.index))
+    return axes
+
+
+def acceptance(table: pd.DataFrame, axes):
+    """``tables.acceptance`` -> a panel for each curve: accepted / judged, with intervals."""
+    for ax, curve in zip(axes.flat, table.index.unique(), strict=False):
+        part = table.loc[[curve]]
+        named = isinstance(part["value"].iloc[0], str)
+        x = range(len(part)) if named else part["value"].astype(float)
+        ax.vlines(x, part["low"], part["high"], color=PALETTE[0], linewidth=2)
+        ax.plot(x, part["acceptance"], "o" if named else "o-", color=PALETTE[0], markersize=6)
+        if named:
+            ax.set_xticks(x, [value.replace("_", "\n").replace(" of ", " of\n") for value in part["value"]], fontsize=8)
+        ax.set_title(curve, loc="left", fontsize=11)
+        ax.set_ylim(0, 1)
+        ax.grid(axis="y", alpha=0.3)
+        sns.despine(ax=ax)
+    for ax in axes.flat[table.index.nunique():]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accepted / judged")
+    return axes
+
+
+PREDICTIONS = {"formula": ("o", "one acceptance rate, verification = a target step"),
+               "positions": ("s", "acceptance by position of the draft"),
+               "costs": ("D", "and the measured cost of verification")}  # fmt: skip
+
+
+def theory(table: pd.DataFrame, ax):
+    """``tables.measured_and_predicted`` -> measured over predicted speed-up; on the line theory is right."""
+    for (name, (marker, label)), colour in zip(PREDICTIONS.items(), (PALETTE[7], PALETTE[1], PALETTE[0]), strict=True):
+        ax.plot(table[name], table["measured"], marker, color=colour, label=label, alpha=0.9)
+    for beta, line in table.iterrows():
+        ax.annotate(f"{beta:g}/{line.L_d:g}", (line.costs, line.measured), (5, -9), textcoords="offset points", fontsize=8)
+    values = table[[*PREDICTIONS, "measured"]]
+    ends = 0.95 * values.min().min(), 1.05 * values.max().max()
+    ax.plot(ends, ends, color="grey", linestyle=":")
+    ax.set(xlabel="predicted speed-up a token", ylabel="measured (beta/L_d)")
+    ax.legend(frameon=False, loc="upper left")
+    ax.grid(alpha=0.3)
+    sns.despine(ax=ax)
+    return ax
 
 
 def save(figure, folder: Path, name: str) -> None:
