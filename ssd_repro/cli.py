@@ -1,4 +1,4 @@
-"""The command ``ssd-repro``: speak, run, tokenise, train-draft. Bad input is one sentence on stderr and exit code 2."""
+"""The command ``ssd-repro``: speak, run, report, tokenise, train-draft. Bad input is one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import stat
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -40,7 +41,7 @@ def _number(convert, what: str):
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|tokenise|train-draft")
+    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|report|tokenise|train-draft")
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
@@ -64,7 +65,16 @@ def parser() -> Parser:
     run.add_argument("--out", type=Path, metavar="DIR", help="default results/<profile>")
     run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                      help="set a parameter of the notebooks, over the profile's")  # fmt: skip
+    run.add_argument("--processes", type=_number(int, "a whole number"), default=1, metavar="N",
+                     help="share the utterances among so many processes of this machine; default 1")  # fmt: skip
     run.set_defaults(function=run_notebooks)
+
+    report = commands.add_parser("report", help="all tables and figures of results/<profile>/ anew from its rows, and README's")
+    report.add_argument("--profile", default="quick", metavar="NAME", help="default quick")
+    report.add_argument("--out", type=Path, metavar="DIR", help="the results folder; default results/<profile>")
+    report.add_argument("--readme", type=Path, metavar="FILE", help="put the tables between its markers <!-- name -->; "
+                        "default the checkout's README.md, and with --out none")  # fmt: skip
+    report.set_defaults(function=run_report)
 
     tokens = commands.add_parser("tokenise", help="LibriTTS as the rows that train-draft learns from; alone, or launched")
     tokens.add_argument("--target", type=Path, required=True, metavar="DIR", help="a released CosyVoice 2 or 3")
@@ -103,6 +113,7 @@ def parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     warnings.simplefilter("ignore")  # of libraries: the user can do nothing about them
     try:
         return options.function(options)
@@ -206,6 +217,27 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+# report
+
+
+def run_report(options) -> int:
+    from . import report
+    from .experiment import locked, results_folder, source_tree
+
+    folder = results_folder(str(options.out or ""), options.profile)
+    readme = options.readme
+    if readme is None and options.out is None and source_tree():
+        readme = source_tree() / "README.md"
+    if readme and not readme.is_file():
+        raise InputError(f"--readme {readme} is not a file")
+    if not (folder / "provenance.json").is_file():
+        raise InputError(f"{folder} holds no provenance.json: `ssd-repro run --profile {options.profile}` makes it first")
+    with locked(folder / ".run.lock"):
+        made = report.report(folder, readme)
+    print(f"{folder}: {', '.join(made)}")
+    return 0
+
+
 # run
 
 
@@ -306,6 +338,10 @@ def run_notebooks(options) -> int:
     check_given(options.profile, parameters)
     fixed = {"profile": options.profile, "out": _as_typed(out)}
     rank, world = process()
+    if options.processes < 1:
+        raise InputError(f"--processes must be a whole number of at least 1, got {options.processes}")
+    if options.processes > 1 and world == 1:
+        return launch(options.processes, options.arguments)
     code = 0
     with nullcontext() if rank else locked(out / ".run.lock"):
         if world > 1:
@@ -331,6 +367,14 @@ def check_given(name: str, parameters: dict[Path, dict]) -> None:
 # Several processes: torchrun, accelerate launch
 
 
+def launch(processes: int, arguments: list[str]) -> int:
+    """The same command in several processes of this machine, each with its share of the cores."""
+    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *torchrun, "-m", "ssd_repro", *arguments]
+    return subprocess.run(command, env=share | os.environ, check=False).returncode
+
+
 def share_rows(parameters: dict[Path, dict]) -> None:
     """Each process makes the rows of its share of utterances; returns when all have.
 
@@ -342,6 +386,7 @@ def share_rows(parameters: dict[Path, dict]) -> None:
 
     import torch.distributed as dist
 
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
     for path, values in parameters.items():
         if code := code_of_rows(path):
             space = {"__name__": "__main__"}
@@ -349,7 +394,6 @@ def share_rows(parameters: dict[Path, dict]) -> None:
             first, *rest = code
             for source in (first, injected, *rest):
                 exec(compile(source, path.name, "exec", dont_inherit=True), space)
-    dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
     dist.barrier()
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the notebooks run in one process

@@ -540,7 +540,7 @@ def check_parameters(namespace: dict) -> dict:
     that papermill injected though that cell has none such (papermill itself only warns).
     """
     kinds = {
-        name: kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+        name: kind if isinstance(kind, str) else str(kind) if "[" in str(kind) else kind.__name__
         for name, kind in namespace.get("__annotations__", {}).items()
     }
     for cell in namespace.get("In", []):

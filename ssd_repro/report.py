@@ -36,7 +36,7 @@ def _as_is(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _timeline(table: pd.DataFrame, ax):
-    return figures.timeline(table, ax, table.attrs["title"])
+    return figures.timeline(table.reset_index(), ax, table.attrs["title"])
 
 
 def timeline(rows: pd.DataFrame) -> pd.DataFrame:
