@@ -125,7 +125,8 @@ def table1(table: pd.DataFrame, axes):
 
 def _ours_over(ax, x, table: pd.DataFrame, name: str):
     """A column of a table over x, its interval as bars, the paper's where it has one."""
-    low, high = table[f"{name}_low"], table[f"{name}_high"]
+    short = name.removesuffix(" %")
+    low, high = table[f"{short}_low"], table[f"{short}_high"]
     ax.vlines(x, low, high, color=PALETTE[0], linewidth=2)
     ax.plot(x, table[name], "o-", color=PALETTE[0], markersize=7, label="this repository")
     if f"paper {name}" in table:

@@ -44,10 +44,11 @@ def corpus_speedup(base_lm, base_audio, lm, audio):
 # Lines of tables
 
 
-def numbers(name: str, value, interval=None) -> dict:
-    """A cell and its interval."""
-    bounds = {} if interval is None else dict(zip((f"{name}_low", f"{name}_high"), interval, strict=True))
-    return {name: value, **bounds}
+def numbers(name: str, value: float, interval: tuple[float, float]) -> dict:
+    """A cell and its interval, in columns <name>_low and <name>_high (without the per cent sign)."""
+    low, high = interval
+    short = name.removesuffix(" %")
+    return {name: value, f"{short}_low": low, f"{short}_high": high}
 
 
 def quality_line(rows: pd.DataFrame) -> dict:
@@ -108,8 +109,7 @@ def table1(rows: pd.DataFrame) -> pd.DataFrame:
     """Autoregressive, draft and SSD beside the paper's: rows of one run -> a line a system."""
     base, lines = of_method(rows, "autoregressive"), []
     for method, name in NAMES.items():
-        ours = of_method(rows, method)
-        paired(ours, base)
+        ours, _ = paired(of_method(rows, method), base)
         lines.append({"system": name, **quality_line(ours), **speed_line(ours), **paper_line(PAPER_TABLE1.loc[method])})
     return pd.DataFrame(lines).set_index("system")
 
@@ -136,7 +136,7 @@ def table3(rows: pd.DataFrame) -> pd.DataFrame:
     first = {"beta": NAMES["autoregressive"], **quality_line(base), **speed_line(base)}
     lines = [first | paper_line(PAPER_TABLE1.loc["autoregressive"])]
     for beta, ours in of_method(rows, "speculative").groupby("tolerance"):
-        paired(ours, base)
+        ours, _ = paired(ours, base)
         paper = paper_line(PAPER_TABLE3.loc[beta] if beta in PAPER_TABLE3.index else None)
         lines.append({"beta": f"{beta:g}", **quality_line(ours), **speed_line(ours), **paper})
     return pd.DataFrame(lines).set_index("beta")
@@ -316,7 +316,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 def _cell(line: pd.Series, name: str) -> str:
     if pd.isna(line[name]):
         return "–"
-    return _number(line[name], [line.get(f"{name}_{end}") for end in ("low", "high")], DIGITS[name])
+    bounds = [line.get(f"{name.removesuffix(' %')}_{end}") for end in ("low", "high")]
+    return _number(line[name], bounds, DIGITS[name])
 
 
 def _number(value: float, bounds, digits: int) -> str:

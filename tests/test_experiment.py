@@ -7,13 +7,16 @@ import os
 import random
 import re
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import fake_voice
 import numpy as np
 import pandas as pd
 import pytest
+from made_rows import three_systems
 
-from ssd_repro import corpus, experiment, figures, tables
+from ssd_repro import corpus, experiment, figures, report, tables
 from ssd_repro.errors import InputError
 from ssd_repro.experiment import System
 
@@ -95,7 +98,7 @@ def test_a_broken_line_in_the_middle_is_named(fake, tmp_path):
         run(fake, tmp_path, count=1)
 
 
-def test_killed_at_20_random_moments_no_row_is_lost_or_doubled(fake, tmp_path):
+def test_killed_at_20_random_moments_no_row_is_lost_or_doubled(fake, tmp_path, monkeypatch):
     undisturbed = run(fake, tmp_path / "undisturbed", count=8)
     dice, folder = random.Random(0), tmp_path / "killed"
     kept = b""
@@ -112,7 +115,73 @@ def test_killed_at_20_random_moments_no_row_is_lost_or_doubled(fake, tmp_path):
     rows = run(fake, folder, count=8)
     assert lines(folder).startswith(kept) and len(lines(folder).splitlines()) == 24
     pd.testing.assert_frame_equal(undisturbed, rows)
-    pd.testing.assert_frame_equal(tables.table1(undisturbed), tables.table1(rows))
+    made = {}
+    for name in ("undisturbed", "killed"):  # and from the rows the same tables and figures, byte for byte
+        parameters = {"tolerance": 0.4, "draft_length": 3}
+        about = experiment.write_provenance(tmp_path / name, "01_table1", fake, "quick", parameters, rows.key)
+        monkeypatch.setattr(tables, "source_line", lambda *_: "")  # it names the folder
+        for exhibit in ("table1", "table1_quality", "table1_paper"):
+            report.show(exhibit, tables.rows_of_run(tmp_path / name, "01_table1")[0], tmp_path / name, about)
+        paths = [p for kind in ("tables", "figures") for p in sorted((tmp_path / name / kind).iterdir())]
+        made[name] = {path.name: path.read_bytes() for path in paths}
+    assert made["undisturbed"] == made["killed"] and len(made["killed"]) == 8
+
+
+def test_rows_of_another_grid_are_not_made_again(fake, tmp_path):
+    """Notebook 02 after 01: what 01 decoded is used, with its metrics; the target is timed again as a baseline."""
+    said = experiment.utterances(3, fake.names)
+    first, fake.calls = run(fake, tmp_path, repeats=1), []
+    grid = [SYSTEMS[0], *experiment.grid([0.0, 0.4])]
+    rows = experiment.run(fake, grid, said, tmp_path, "tolerance", repeats=1)
+    assert [method for method, _ in fake.calls].count("autoregressive") == 1 + 3  # warm-up, then beside beta 0
+    assert len(fake.calls) == 2 + 2 * 3
+    assert set(first.key) & set(rows.key) == set(first[first.method != "draft"].key)
+    assert len(experiment.read_rows(tmp_path / "rows" / "tolerance.jsonl")) == 3
+    assert rows.base_tokens.equals(rows.groupby("text_id", sort=False).base_tokens.transform("first"))
+    fake.calls = []  # another notebook: what needs no metrics uses rows that have them
+    experiment.run(fake, experiment.grid([0.0, 0.4], [3], heard=False), said, tmp_path, "theory", repeats=1)
+    assert fake.calls == [] and lines(tmp_path).count(b"\n") == 9
+
+
+def test_unheard_rows_say_so_and_do_not_serve_where_metrics_are_asked_for(fake, tmp_path, monkeypatch):
+    said = experiment.utterances(1, fake.names)
+    monkeypatch.setattr(experiment.metrics, "load", lambda *_: pytest.fail("a metric's model was loaded"))
+    rows = experiment.run(fake, experiment.grid([0.4], heard=False), said, tmp_path, "a", repeats=1)
+    assert not rows.heard.any() and rows.words.isna().all() and rows.base_lm_seconds.notna().all()
+    monkeypatch.setattr(experiment.metrics, "load", lambda *_: None)
+    again = experiment.run(fake, experiment.grid([0.4]), said, tmp_path, "a", repeats=1)
+    assert again.heard.all() and again.words.notna().all() and again.token_ids.equals(rows.token_ids)
+
+
+def test_the_baseline_of_a_row_is_decoded_in_turn_with_it(fake, tmp_path):
+    experiment.run(fake, experiment.grid([0.0, 1.0]), experiment.utterances(3, fake.names), tmp_path, "a", repeats=1)
+    a, s = "autoregressive", "speculative"
+    assert [method for method, _ in fake.calls] == [a, s, s] + [a, s, s] + [s, s, a] + [s, a, s]
+
+
+def test_the_voices_own_temperature_is_no_other_setting(fake, tmp_path):
+    grid = experiment.grid([0.4], [3], [0.7, 1.0])
+    rows = experiment.run(fake, grid, experiment.utterances(1, fake.names), tmp_path, "a", repeats=1)
+    assert list(rows.temperature.astype(object).where(rows.temperature.notna(), None)) == [None, 0.7]
+    with pytest.raises(InputError, match="temperature"):
+        experiment.run(fake, experiment.grid((), (), [-1.0]), experiment.utterances(1, fake.names), tmp_path, "a")
+
+
+def test_what_tokens_carry_by_their_sound(fake):
+    take = fake.speak("Two sentences are spoken here. This one is the second.")
+    first, second = (len(sentence.tokens) for sentence in take.sentences)
+    audio = take.audio.copy()
+    audio[: 5 * 960] *= 0.001
+    begin = (first + 1) * 960 + 4800  # the second sentence's second token, behind the pause
+    audio[begin : begin + 960] *= 0.001
+    assert experiment.carries(replace(take, audio=audio)) == "....." + "s" * (first - 4) + "." + "s" * (second - 2)
+    assert experiment.carries(replace(take, audio=audio[:-1])) == ""  # not as long as its tokens
+
+
+def test_more_utterances_than_sentences_begin_anew_with_other_voices(fake):
+    said = experiment.utterances(450, fake.names)
+    assert len({(one.text_id, one.voice) for one in said}) == len({one.seed for one in said}) == 450
+    assert said[200].text_id == said[0].text_id and said[:200] == experiment.utterances(200, fake.names)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(fake, tmp_path):
@@ -134,6 +203,26 @@ def test_a_full_disk_keeps_the_rows_before(fake, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device; the rows before are kept"):
         run(fake, tmp_path, count=2)
     assert lines(tmp_path) == before
+
+
+def test_a_full_disk_keeps_the_table_before(tmp_path, monkeypatch):
+    path = tmp_path / "tables" / "table1.md"
+    experiment.write_text(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="No space left on device; what was there is kept"):
+        experiment.write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["table1.md"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs /proc, where nobody can write")
+def test_a_results_folder_that_cannot_be_written(fake, capsys):
+    with pytest.raises(InputError, match="cannot write into /proc"):
+        run(fake, Path("/proc/results"))
+    assert fake.calls == []
 
 
 def test_a_folder_that_is_a_file_is_refused(fake, tmp_path):
@@ -175,7 +264,7 @@ def test_provenance_says_where_results_come_from(fake, tmp_path):
     entry = about["01_table1"]
     assert entry["weights"] == "fake" and entry["keys"] == list(rows.key) and entry["parameters"] == {"seed": 0}
     assert {"date", "commit", "dirty", "code", "device", "chip", "threads", "versions", "python"} <= set(entry)
-    chosen, _ = tables.rows_of_run(tmp_path, "01_table1", "table1")
+    chosen, _ = tables.rows_of_run(tmp_path, "01_table1")
     assert list(chosen.key) == list(rows.key)
 
 
@@ -198,38 +287,24 @@ def phrases(text):
 # Tables and figures
 
 
-def toy_rows():
-    """AR 2 s, draft 1 s, SSD 1.5 s of LM for each of four utterances of 4 s."""
-    lm = {"autoregressive": 2.0, "draft": 1.0, "speculative": 1.5}
-    rows = []
-    for method, seconds in lm.items():
-        for i in range(4):
-            rows.append(
-                dict(method=method, text_id=str(i), voice="a", seed=i, word_errors=i, words=10, p808=3.5,
-                     ovrl=3.0, similarity=0.8, lm_seconds=seconds, audio_seconds=4.0, tokens=100,
-                     synthesis_seconds=seconds + 0.5, accepted=60 if method == "speculative" else 0,
-                     drafted=80 if method == "speculative" else 0,
-                     tokens_per_target_call=2.5 if method == "speculative" else None)  # fmt: skip
-            )
-    return pd.DataFrame(rows)
-
-
 def test_table1_by_hand():
-    table = tables.table1(toy_rows())
+    table = tables.table1(three_systems())
     assert list(table.index) == ["Autoregressive", "Draft", "SSD"]
-    ssd = table.loc["SSD"]
-    assert ssd["WER %"] == pytest.approx(15) and ssd["LM-RTF"] == pytest.approx(0.375)
-    assert ssd["RTF"] == pytest.approx(0.5) and ssd["acceptance"] == pytest.approx(0.75)
+    line = table.loc["SSD"]
+    assert line["WER %"] == pytest.approx(15) and line["CER %"] == pytest.approx(3)
+    assert line["LM-RTF"] == pytest.approx(0.375)
+    assert line["RTF"] == pytest.approx(0.5) and line["acceptance"] == pytest.approx(0.75)
     for name in ("speed-up", "speed-up_low", "speed-up_high", "speed-up a token"):
-        assert ssd[name] == pytest.approx(2 / 1.5)
-    assert 0 <= ssd["WER_low"] < 15 < ssd["WER_high"] <= 30
-    assert ssd["paper speed-up"] == pytest.approx(0.504 / 0.360)
+        assert line[name] == pytest.approx(2 / 1.5)
+    assert line["RTF speed-up"] == pytest.approx(2.5 / 2)
+    assert 0 <= line["WER_low"] < 15 < line["WER_high"] <= 30
+    assert line["paper speed-up"] == pytest.approx(0.504 / 0.360)
     assert np.isnan(table.loc["Draft", "acceptance"]) and table.loc["Draft", "n"] == 4
 
 
 def test_table1_refuses_rows_of_different_utterances():
     with pytest.raises(InputError, match="not of the same utterances"):
-        tables.table1(toy_rows().drop(index=5))
+        tables.table1(three_systems().drop(index=5))
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says():
@@ -243,57 +318,26 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
     assert 360 <= covered <= 393
 
 
-def test_tables_on_the_disk_and_in_readme(fake, tmp_path):
-    rows = run(fake, tmp_path, count=3)
-    experiment.write_provenance(tmp_path, "01_table1", fake, "quick", {}, rows.key)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table1 -->\nold\n<!-- /table1 -->\nafter\n")
-    assert tables.main([str(tmp_path), str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- table1 -->\n| system |") and text.endswith("<!-- /table1 -->\nafter\n")
-    assert "old" not in text and "*SSD, paper*" in text and "[" in text
-    saved = pd.read_csv(tmp_path / "tables" / "table1.csv", index_col="system")
-    assert saved.loc["SSD", "paper WER %"] == 5.70
-    assert tables.main([str(tmp_path), str(readme)]) == 0 and readme.read_text() == text  # once more: the same
-
-
-def test_tables_of_nothing_are_one_sentence(tmp_path, capsys):
-    assert tables.main([str(tmp_path), str(tmp_path / "README.md")]) == 2
-    assert "provenance.json is missing" in capsys.readouterr().err
-
-
 def test_timeline_accounts_for_every_token(fake):
     take = fake.speak("Two sentences are spoken here. This one is the second.")
-    events = figures.timeline_events(take)
+    row = experiment.measured([take])
+    events = figures.timeline_events(row)
     spoken = events[events.kind.isin(["sampled", "accepted", "bonus", "resampled"])]
     assert len(spoken) == len(take.token_ids) and spoken.seconds.is_unique
     assert spoken.seconds.max() < take.audio_seconds
     drafted = events.kind.isin(["accepted", "rejected", "discarded"]).sum()
     assert drafted == sum(result.drafted for result in take.sentences)
+    origins = pd.Series([kind for result in take.sentences for kind in result.origins])
+    assert spoken.kind.value_counts().to_dict() == origins.value_counts().to_dict()
     resampled = set(events.seconds[events.kind == "resampled"])
     assert resampled == set(events.seconds[events.kind == "rejected"])
+    alone = figures.timeline_events(experiment.measured([fake.speak("One sentence.", "autoregressive")]))
+    assert set(alone.kind) == {"sampled"}
 
 
-def test_figures_are_drawn_and_come_out_the_same(fake, tmp_path):
-    import matplotlib.pyplot as plt
-
-    takes = [fake.speak("A sentence for every figure.", method=method) for method in fake_voice_methods()]
-    for folder in ("a", "b"):
-        figure, axes = plt.subplots(2)
-        assert figures.timeline(figures.timeline_events(takes[-1]), axes[0]) is axes[0]
-        assert figures.phases(figures.phase_frame(takes), axes[1]) is axes[1]
-        figures.save(figure, tmp_path / folder, "phases")
-        figure, axes = plt.subplots(1, 2)
-        figures.table1(tables.table1(toy_rows()), axes)
-        figures.save(figure, tmp_path / folder, "table1")
-        plt.close("all")
-    for path in (tmp_path / "a").rglob("*.*"):
-        assert path.read_bytes() == (tmp_path / "b" / "figures" / path.name).read_bytes(), path.name
-    assert len(list((tmp_path / "a").rglob("*.*"))) == 4
-
-
-def fake_voice_methods():
-    return ("autoregressive", "draft", "speculative")
+def test_an_accepted_end_of_speech_ends_the_timeline():
+    row = {"rounds": [[[0, 0], [3, 2]]], "pieces": [2], "gap_seconds": 0.2}  # the 2nd accepted is the end
+    assert list(figures.timeline_events(row).kind) == ["sampled", "accepted", "accepted", "discarded"]
 
 
 # Notebook parameters

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from ssd_repro import checkpoints, cli, experiment
+from ssd_repro import checkpoints, cli, experiment, report
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -60,16 +60,20 @@ def run(environment, folder, *arguments):
 
 
 def test_run_makes_results_and_makes_no_row_twice(fake_environment, tmp_path):
-    small = ["-p", "sentences", "2", "-p", "repeats", "1"]
+    small = ["-p", "sentences", "2", "-p", "repeats", "1", "-p", "temperatures", "[1.0]"]
     done = run(fake_environment, tmp_path, *small)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.suffix != ".lock"}
+    exhibits = report.EXHIBITS.items()
     assert names == {
-        "00_listen.ipynb", "01_table1.ipynb", "provenance.json", "rows/table1.jsonl",
-        "tables/table1.csv", "tables/table1.md",
-        *(f"figures/{name}.{end}" for name in ("timeline", "phases", "table1") for end in ("png", "svg")),
+        *(f"{path.stem}.ipynb" for path in RESULTS), "provenance.json",
+        *(f"rows/{name}.jsonl" for name in ("listen", "table1", "tolerance", "draft_length")),
+        *(f"tables/{name}.{end}" for name, _ in exhibits for end in ("csv", "md")),
+        *(f"figures/{name}.{end}" for name, e in exhibits if e.draw for end in ("png", "svg")),
     }  # fmt: skip
+    grid = sum(len(experiment.read_rows(path)) for path in (out / "rows").glob("*.jsonl"))
+    assert grid == 3 + 2 * (3 + 2 + 2)  # listen; then AR, draft, SSD; beta 0 and 1; L_d 1 and 6: each once
     about = json.loads((out / "provenance.json").read_text())
     assert about["01_table1"]["parameters"]["sentences"] == 2 and about["01_table1"]["profile"] == "quick"
     rows = (out / "rows" / "table1.jsonl").read_bytes()
@@ -77,7 +81,7 @@ def test_run_makes_results_and_makes_no_row_twice(fake_environment, tmp_path):
     for path in [*out.glob("*.ipynb"), out / "provenance.json"]:
         text = path.read_text()
         assert str(tmp_path) not in text and str(ROOT) not in text and sys.prefix not in text, path.name
-    assert run(fake_environment, tmp_path, "--only", "01", *small).returncode == 0
+    assert run(fake_environment, tmp_path, "--only", "01", *small[:4]).returncode == 0
     assert (out / "rows" / "table1.jsonl").read_bytes() == rows
 
 
