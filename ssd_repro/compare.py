@@ -63,6 +63,11 @@ def ratio_of_sums(a, b):
     return np.asarray(a).sum(-1) / np.asarray(b).sum(-1)
 
 
+def corpus_speedup(base_seconds, base_size, seconds, size):
+    """Seconds a unit (of audio: LM-RTF; a token) of the baseline over the system's, each over all utterances."""
+    return ratio_of_sums(base_seconds, base_size) / ratio_of_sums(seconds, size)
+
+
 def verdict(inner: tuple[float, float], outer: tuple[float, float], margin: float | None, n: int) -> str:
     """What is shown of a difference, from its 90 % interval ``inner`` and its 95 % interval ``outer``.
 

@@ -78,6 +78,9 @@ def stages(table: pd.DataFrame, ax):
     left = np.zeros(len(table))
     for phase, colour in PHASES.items():
         ax.barh(table.index, table[phase], left=left, color=colour, label=PHASE_LABELS.get(phase, phase))
+        for y, (seconds, whole) in enumerate(zip(table[phase], table["RTF"], strict=True)):
+            if seconds > 0.06 * whole:
+                ax.annotate(f"{100 * seconds / whole:.0f} %", (left[y] + seconds / 2, y), ha="center", va="center")
         left += table[phase].to_numpy()
     for y, (_, line) in enumerate(table.iterrows()):
         text = f" RTF {line.RTF:.3f}, LM {line['LM share %']:.0f} %"
@@ -179,6 +182,8 @@ def acceptance(table: pd.DataFrame, axes):
         ax.plot(x, part["acceptance"], "o" if named else "o-", color=PALETTE[0], markersize=6)
         if named:
             ax.set_xticks(x, [value.replace("_", "\n").replace(" of ", " of\n") for value in part["value"]], fontsize=8)
+        elif (part["value"] % 1 == 0).all():
+            ax.set_xticks(part["value"].astype(int))
         ax.set_title(curve, loc="left", fontsize=11)
         ax.set_ylim(0, 1)
         ax.grid(axis="y", alpha=0.3)
@@ -199,6 +204,7 @@ def theory(table: pd.DataFrame, ax):
     """``tables.measured_and_predicted`` -> measured over predicted speed-up; on the line theory is right."""
     for (name, (marker, label)), colour in zip(PREDICTIONS.items(), (PALETTE[7], PALETTE[1], PALETTE[0]), strict=True):
         ax.plot(table[name], table["measured"], marker, color=colour, label=label, alpha=0.9)
+    ax.vlines(table["costs"], table["measured_low"], table["measured_high"], color=PALETTE[0], linewidth=1.5)
     for beta, line in table.iterrows():
         ax.annotate(f"{beta:g}/{line.L_d:g}", (line.costs, line.measured), (5, -9), textcoords="offset points", fontsize=8)
     values = table[[*PREDICTIONS, "measured"]]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from . import compare, curves, theory
-from .compare import bootstrap, paired, ratio_of_sums
+from .compare import bootstrap, corpus_speedup, paired, ratio_of_sums
 from .errors import InputError
 from .experiment import rows_of_folder, to_frame, write_text
 
@@ -34,11 +34,6 @@ LM_PHASES = PHASES[1:5]
 
 def median(x):
     return np.median(x, axis=-1)
-
-
-def corpus_speedup(base_lm, base_audio, lm, audio):
-    """LM-RTF of the baseline / LM-RTF of the system, each over all utterances."""
-    return ratio_of_sums(base_lm, base_audio) / ratio_of_sums(lm, audio)
 
 
 # Lines of tables
@@ -165,8 +160,9 @@ def stages(rows: pd.DataFrame) -> pd.DataFrame:
             spent["draft"], spent["verify"] = spent["draft"] + spent["verify"], 0.0
         lm = spent[list(LM_PHASES)].sum()
         speed = {k: v for k, v in speed_line(ours).items() if k.startswith("RTF speed-up")}
-        lines.append({"system": NAMES[method], **spent, "RTF": spent.sum(), "LM share %": 100 * lm / spent.sum(),
-                      **speed, "n": len(ours)})  # fmt: skip
+        shares = {f"{phase} share %": 100 * seconds / spent.sum() for phase, seconds in spent.items()}
+        lines.append({"system": NAMES[method], **spent, "RTF": spent.sum(), **shares,
+                      "LM share %": 100 * lm / spent.sum(), **speed, "n": len(ours)})  # fmt: skip
     return pd.DataFrame(lines).set_index("system")
 
 
@@ -267,7 +263,8 @@ def versus_theory(rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for beta, line in measured_and_predicted(rows).iterrows():
         name, paper = f"beta {beta:g}, L_d {line.L_d:g}", _paper_speedup(beta, line.L_d)
-        lines.append((f"{name}: speed-up a token", None if pd.isna(paper) else paper, line.measured, None, None, 2))
+        there = None if pd.isna(paper) else paper
+        lines.append((f"{name}: speed-up a token", there, line.measured, line.measured_low, line.measured_high, 2))
     return _versus(lines)
 
 
@@ -292,7 +289,7 @@ def _paper_speedup(tolerance: float, draft_length: float) -> float:
 
 
 DIGITS = {"L_d": 0, "WER %": 1, "CER %": 1, "NMOS": 2, "OVRL": 2, "SIG": 2, "BAK": 2, "SS": 2, "text": 4, "prefill": 4,
-          "draft": 4, "verify": 4, "rest": 4, "codec": 4, "LM-RTF": 3, "RTF": 3, "LM share %": 1, "speed-up": 2,
+          "draft": 4, "verify": 4, "rest": 4, "codec": 4, "LM-RTF": 3, "RTF": 3, **{f"{phase} share %": 1 for phase in PHASES}, "LM share %": 1, "speed-up": 2,
           "speed-up a token": 2, "RTF speed-up": 2, "acceptance": 2, "tokens a target call": 2, "alpha": 2,
           "draft / target step": 2, "verification / target step": 2, "tokens a round": 2, "measured": 2, "formula": 2,
           "positions": 2, "costs": 2, "measured / formula": 2, "measured / costs": 2, "prefill %": 1, "loop %": 1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .compare import ratio_of_sums
+from .compare import bootstrap, corpus_speedup, ratio_of_sums
 from .curves import judged, rounds_of
 
 
@@ -65,7 +65,9 @@ def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
     alpha, c = tokens.accepted.mean(), costs(rows)
     by_position = expected_tokens_by_position(acceptance_by_position(rows, length))
     drafting, lm = length * c["draft"], rows.lm_seconds.sum()
-    measured = ratio_of_sums(rows.base_lm_seconds, rows.base_tokens) / ratio_of_sums(rows.lm_seconds, rows.tokens)
+    seconds = rows.base_lm_seconds, rows.base_tokens, rows.lm_seconds, rows.tokens
+    measured, (low, high) = corpus_speedup(*seconds), bootstrap(corpus_speedup, *seconds)
+    formula = leviathan_speedup(alpha, length, c["draft"] / c["target"])
     with_costs = by_position * c["target"] / (drafting + c["verify"])
     prefill, rest = 100 * c["prefill"] / lm, 100 * c["rest"] / lm
     return {
@@ -74,10 +76,12 @@ def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
         "verification / target step": c["verify"] / c["target"],
         "tokens a round": by_position,
         "measured": measured,
-        "formula": leviathan_speedup(alpha, length, c["draft"] / c["target"]),
+        "measured_low": low,
+        "measured_high": high,
+        "formula": formula,
         "positions": by_position * c["target"] / (drafting + c["target"]),
         "costs": with_costs,
-        "measured / formula": measured / leviathan_speedup(alpha, length, c["draft"] / c["target"]),
+        "measured / formula": measured / formula,
         "measured / costs": measured / with_costs,
         "prefill %": prefill,
         "loop %": rest,
