@@ -40,7 +40,7 @@ class StaticLM:
         for width in widths:
             check_number("a width", width, 1, max_length, whole=True)
         if compile and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-            raise InputError(f"compile=True needs torch 2.13 or newer; this is torch {torch.__version__}.")
+            raise InputError(f"compile=True needs a torch.compile with isolate_recompiles, such as 2.13's; this is {torch.__version__}.")
         self.lm, self.max_length, self.widths, self.compile = lm, max_length, tuple(sorted(widths)), compile
         self.cells = max_length + max(widths, default=0)  # what fills up may lie beyond max_length
         self.positions = torch.arange(self.cells, device=lm.head.weight.device)

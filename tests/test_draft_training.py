@@ -49,6 +49,7 @@ def world(tmp_path_factory):
         "references": {},
         "sampler": vars(Sampler()),
         "token_text_ratio": [1.2, 2.6],
+        "prompts": {VOICES[0]: {"id": "p", "phones": [11, 12], "codes": [4, 5, 6]}},
     }
     checkpoints.save_voice(folder / "voice", codec, target, make_draft(target), facts)
     rng, lines = random.Random(1), []
@@ -187,11 +188,16 @@ def test_samples_are_what_the_deployed_target_says(world, on_policy):
     made = samples(on_policy)
     assert len(made) == 14 and len({row["id"] for row in made}) == 14
     for row in made:
-        phones = row["text_ids"][2:-1]
+        phones = row["text_ids"][:-1]
         config = voice.config(len(phones), 0.0, 1)
         assert config.min_tokens <= len(row["speech"]) <= config.max_tokens
         assert row["stopped"] == (len(row["speech"]) < config.max_tokens)
     target = draft_data.load_target(world / "voice")
+    for row in made:  # what stands in front is what the voice itself puts there: its prompt, or a voice token
+        name = VOICES[int(row["id"][1:].split("/")[0]) % 6]
+        assert row["prompt_speech"] == ([4, 5, 6] if name == VOICES[0] else [])
+        prefix = voice.prefix(row["text_ids"][:-1], name)
+        torch.testing.assert_close(target.embed(Example.from_row(row)), prefix)
     one = Example.from_row(made[0])
     first, second, other = (draft_training.say(target, one, seed).row() for seed in (0, 0, 1))
     assert first == second == made[0] != other

@@ -185,7 +185,7 @@ def test_an_old_torch_says_so(monkeypatch):
     def compile(model=None, *, fullgraph=False, dynamic=None, mode=None): ...
 
     monkeypatch.setattr(torch, "compile", compile)
-    with pytest.raises(InputError, match="needs torch 2.13"):
+    with pytest.raises(InputError, match="isolate_recompiles"):
         StaticLM(TARGET, 20, compile=True)
 
 
