@@ -270,7 +270,7 @@ def carries(take) -> str:
     """
     counts = [len(sentence.tokens) for sentence in take.sentences]
     width, gap = take.sample_rate // TOKEN_RATE, int(take.gap_seconds * take.sample_rate)
-    if not sum(counts) or len(take.audio) != sum(counts) * width + gap * (len(counts) - 1):
+    if not np.any(take.audio) or len(take.audio) != sum(counts) * width + gap * (len(counts) - 1):
         return ""
     begins = np.cumsum([0, *(n * width + gap for n in counts)])
     spoken = np.concatenate([take.audio[b : b + n * width] for b, n in zip(begins, counts, strict=False)])

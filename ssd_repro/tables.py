@@ -311,13 +311,13 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(line: pd.Series, name: str) -> str:
-    if pd.isna(line[name]):
-        return "–"
     bounds = [line.get(f"{name.removesuffix(' %')}_{end}") for end in ("low", "high")]
     return _number(line[name], bounds, DIGITS[name])
 
 
 def _number(value: float, bounds, digits: int) -> str:
+    if pd.isna(value):
+        return "–"
     known = all(bound is not None and pd.notna(bound) for bound in bounds)
     return f"{value:.{digits}f}" + (" [{:.{d}f}, {:.{d}f}]".format(*bounds, d=digits) if known else "")
 

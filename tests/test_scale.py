@@ -14,7 +14,8 @@ from ssd_repro.errors import InputError
 from ssd_repro.experiment import System
 
 SYSTEMS = [System("autoregressive"), System("draft"), System("speculative", 0.4, 3)]
-TIMES = ["lm_seconds", "lm_seconds_each", "synthesis_seconds", "seconds"]
+TIMES = ["lm_seconds", "lm_seconds_each", "synthesis_seconds", "seconds", "base_lm_seconds", "base_prefill_seconds",
+         "base_synthesis_seconds", "processes"]  # fmt: skip
 
 
 def run(voice, folder, count=7, **other):
@@ -44,7 +45,9 @@ def test_shares_of_several_processes_are_the_rows_of_one(fake, tmp_path, monkeyp
     as_rank(monkeypatch, 0, 1)
     fake.calls = []
     for _ in range(2):  # merging again changes nothing
-        pd.testing.assert_frame_equal(run(fake, folder), alone)
+        merged = run(fake, folder)
+        assert set(merged.processes) == {3}
+        pd.testing.assert_frame_equal(merged.assign(processes=1), alone)
         assert fake.calls == [] and files(folder) == {"table1.jsonl"}
         assert len(experiment.read_rows(folder / "rows" / "table1.jsonl")) == 21
 
@@ -121,7 +124,8 @@ def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tm
     out = tmp_path / "out"
     assert files(out) == {"table1.jsonl"} and {p.name for p in out.glob("*.ipynb")} == {"01_table1.ipynb"}
     assert len(experiment.read_rows(out / "rows" / "table1.jsonl")) == 15
-    tables.save(tables.table1(run(fake, tmp_path / "alone", count=5)), tmp_path / "alone", "table1")
+    table = tables.table1(run(fake, tmp_path / "alone", count=5))
+    tables.save(table, tmp_path / "alone", "table1", "")
     one, two = (pd.read_csv(folder / "tables" / "table1.csv") for folder in (tmp_path / "alone", out))
     pd.testing.assert_frame_equal(one, two)
 
