@@ -45,7 +45,9 @@ MEASURES = (
 MARGINS = "WER ± 1 point, P808 ± 0.1, SS ± 0.02"
 
 
-def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+def bootstrap(
+    statistic, *columns, draws: int = DRAWS, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile interval of ``statistic(*columns)``, whole utterances resampled, paired over columns.
 
     columns (n,); ``statistic`` takes them as (draws, n) and reduces the last axis.

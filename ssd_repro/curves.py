@@ -54,7 +54,9 @@ def row_events(row) -> list[tuple]:
 def judged(rows: pd.DataFrame) -> pd.DataFrame:
     """A line a judged draft: utterance (its place in ``rows``), place, along (0 to 1), carries, voice, accepted."""
     lines = [
-        (i, *event, row["voice"]) for i, row in enumerate(rows.to_dict("records")) for event in row_events(row)
+        (i, *event, row["voice"])
+        for i, row in enumerate(rows.to_dict("records"))
+        for event in row_events(row)
     ]
     return pd.DataFrame(lines, columns=["utterance", "place", "along", "carries", "accepted", "voice"])
 

@@ -25,7 +25,14 @@ def ssd(i, rounds, tolerance=0.4, length=3, draft=0.01, verify=0.03, target=0.02
     """An SSD row of the rounds [drafted, accepted], at these seconds a step; nothing else takes time."""
     drafted, accepted = (sum(r[j] for r in rounds) for j in (0, 1))
     tokens = accepted + len(rounds)
-    spent = {"text": 0.0, "prefill": 0.0, "draft": draft * drafted, "verify": verify * len(rounds), "rest": 0.0, "codec": 0.4}
+    spent = {
+        "text": 0.0,
+        "prefill": 0.0,
+        "draft": draft * drafted,
+        "verify": verify * len(rounds),
+        "rest": 0.0,
+        "codec": 0.4,
+    }
     lm = draft * drafted + verify * len(rounds)
     return row(
         "speculative", i, lm, tolerance=tolerance, draft_length=length, rounds=[rounds], pieces=[tokens], tokens=tokens,

@@ -27,7 +27,12 @@ def two_systems(differences, column="p808", start=3.0):
     ("mean", "spread", "count", "expected"),
     [
         (0.0, 0.1, 200, compare.SHOWN_EQUIVALENT),
-        (0.05, 0.1, 200, compare.SHOWN_EQUIVALENT),  # 0 is outside of the interval, yet it is within the margin
+        (
+            0.05,
+            0.1,
+            200,
+            compare.SHOWN_EQUIVALENT,
+        ),  # 0 is outside of the interval, yet it is within the margin
         (0.3, 0.1, 200, compare.SHOWN_DIFFERENT),
         (-0.3, 0.1, 200, compare.SHOWN_DIFFERENT),
         (0.0, 2.0, 20, compare.NOT_SHOWN),  # too noisy to say either
@@ -47,7 +52,9 @@ def test_verdicts_of_constructed_differences(mean, spread, count, expected):
 def test_pairing_sees_what_two_independent_samples_would_not():
     ours, base = two_systems(np.full(30, 0.02))  # the utterances differ by .5, the systems by .02
     found = compare.difference(ours.sample(frac=1, random_state=1), base, P808)
-    assert found["low"] == pytest.approx(0.02) == found["high"] and found["verdict"] == compare.SHOWN_EQUIVALENT
+    assert (
+        found["low"] == pytest.approx(0.02) == found["high"] and found["verdict"] == compare.SHOWN_EQUIVALENT
+    )
     with pytest.raises(InputError, match="not of the same utterances"):
         compare.difference(ours.iloc[1:], base, P808)
 
@@ -63,9 +70,13 @@ def test_tost_errs_as_often_as_it_says():
 
 
 def test_word_errors_differ_as_a_ratio_of_sums():
-    base = pd.DataFrame([row("autoregressive", i, 2.0, word_errors=0, words=words) for i, words in enumerate([1, 99])])
+    base = pd.DataFrame(
+        [row("autoregressive", i, 2.0, word_errors=0, words=words) for i, words in enumerate([1, 99])]
+    )
     ours = base.assign(word_errors=[1, 0])
-    assert compare.difference(ours, base, WER)["difference"] == pytest.approx(1.0)  # not the mean of 100 and 0 points
+    assert compare.difference(ours, base, WER)["difference"] == pytest.approx(
+        1.0
+    )  # not the mean of 100 and 0 points
 
 
 def test_what_was_not_heard_is_left_out_and_counted():
@@ -86,7 +97,9 @@ def test_quality_has_every_measure_of_every_system():
     same = table[table.measure == "length ratio"].iloc[0]
     assert same.difference == 1 and same.verdict == compare.NOT_SHOWN
     text = tables.readable_quality(table)
-    assert "0.000 [0.000, 0.000]" in set(text["SSD or draft - autoregressive"]) and "± 0.02" in set(text.margin)
+    assert "0.000 [0.000, 0.000]" in set(text["SSD or draft - autoregressive"]) and "± 0.02" in set(
+        text.margin
+    )
 
 
 # Curves
@@ -96,10 +109,22 @@ def test_judged_drafts_by_hand():
     """Tokens 0..6; the first from the prefill. 2 of 3 kept; 0 of 3 kept; then an accepted end of speech."""
     rounds = [[0, 0], [3, 2], [3, 0], [3, 3]]
     events = list(curves.piece_events(rounds, 7))
-    assert events == [(1, 1, True), (2, 2, True), (3, 3, False), (1, 4, False), (1, 5, True), (2, 6, True), (3, 7, True)]
-    stopped = list(curves.piece_events([[0, 0], [3, 2]], 2))  # tokens 0, 1, then the end: the third draft is not judged
+    assert events == [
+        (1, 1, True),
+        (2, 2, True),
+        (3, 3, False),
+        (1, 4, False),
+        (1, 5, True),
+        (2, 6, True),
+        (3, 7, True),
+    ]
+    stopped = list(
+        curves.piece_events([[0, 0], [3, 2]], 2)
+    )  # tokens 0, 1, then the end: the third draft is not judged
     assert stopped == [(1, 1, True), (2, 2, True)]
-    resampled = list(curves.piece_events([[0, 0], [3, 1]], 2))  # the end was resampled in place of a rejected draft
+    resampled = list(
+        curves.piece_events([[0, 0], [3, 1]], 2)
+    )  # the end was resampled in place of a rejected draft
     assert resampled == [(1, 1, True), (2, 2, False)]
 
 
@@ -124,7 +149,10 @@ def test_two_sentences_of_one_text_are_kept_apart():
 
 def test_rates_over_each_setting():
     parts = [geometric(0.6, 3, tolerance=b, seed=i) for i, b in enumerate((0.0, 0.4))]
-    parts += [geometric(0.9, 6, tolerance=0.4, seed=5), geometric(0.3, 3, tolerance=0.4, temperature=0.7, seed=6)]
+    parts += [
+        geometric(0.9, 6, tolerance=0.4, seed=5),
+        geometric(0.3, 3, tolerance=0.4, temperature=0.7, seed=6),
+    ]
     table = curves.acceptance(pd.concat(parts, ignore_index=True), 0.4, 3)
     assert list(table.loc["beta", "value"]) == [0.0, 0.4] and list(table.loc["L_d", "value"]) == [3, 6]
     heat = table.loc["temperature"]
@@ -133,7 +161,10 @@ def test_rates_over_each_setting():
         assert line.acceptance == pytest.approx(alpha, abs=0.03) and line.low < line.acceptance < line.high
     assert list(table.loc["position in the draft", "value"]) == [1, 2, 3, 4, 5, 6]  # of the longest draft
     assert (abs(table.loc["position in the draft", "acceptance"] - 0.9) < 0.05).all()
-    assert len(table.loc["along the utterance"]) == curves.PARTS and list(table.loc["voice", "value"]) == ["a", "b"]
+    assert len(table.loc["along the utterance"]) == curves.PARTS and list(table.loc["voice", "value"]) == [
+        "a",
+        "b",
+    ]
     beta = table.loc["beta"].iloc[1]
     kept = sum(0.6**i for i in (1, 2, 3)) / 3
     assert beta.of_drafted == pytest.approx(kept, abs=0.03) and beta.n == 40
@@ -153,7 +184,9 @@ def test_theory_is_exact_on_simulated_geometric_acceptance():
     rows = geometric(0.7, 3, utterances=200, draft=0.005, verify=0.02, target=0.02)
     found = theory.predict(rows, 3)
     assert found["alpha"] == pytest.approx(0.7, abs=0.01)
-    assert found["measured / costs"] == pytest.approx(1, abs=1e-9)  # nothing but drafts and verifications took time
+    assert found["measured / costs"] == pytest.approx(
+        1, abs=1e-9
+    )  # nothing but drafts and verifications took time
     assert found["measured / formula"] == pytest.approx(1, abs=0.02)  # alpha is estimated
     assert found["measured"] == pytest.approx(theory.leviathan_speedup(0.7, 3, 0.25), rel=0.02)
     for name in ("prefill %", "loop %", "left %"):
@@ -166,11 +199,18 @@ def test_the_residue_is_named():
     assert dear["verification / target step"] == pytest.approx(2)
     assert dear["measured / formula"] < 0.8 and dear["measured / costs"] == pytest.approx(1)
     rows = geometric(0.7, 3)
-    rows["seconds"] = [s | {"prefill": 0.1 * lm, "rest": 0.05 * lm} for s, lm in zip(rows.seconds, rows.lm_seconds, strict=True)]
+    rows["seconds"] = [
+        s | {"prefill": 0.1 * lm, "rest": 0.05 * lm}
+        for s, lm in zip(rows.seconds, rows.lm_seconds, strict=True)
+    ]
     rows["lm_seconds"] = rows.lm_seconds * 1.15
     slow = theory.predict(rows, 3)
-    assert slow["prefill %"] == pytest.approx(100 * 0.1 / 1.15) and slow["loop %"] == pytest.approx(100 * 0.05 / 1.15)
-    assert slow["left %"] == pytest.approx(0, abs=1e-6) and slow["measured / costs"] == pytest.approx(1 / 1.15)
+    assert slow["prefill %"] == pytest.approx(100 * 0.1 / 1.15) and slow["loop %"] == pytest.approx(
+        100 * 0.05 / 1.15
+    )
+    assert slow["left %"] == pytest.approx(0, abs=1e-6) and slow["measured / costs"] == pytest.approx(
+        1 / 1.15
+    )
 
 
 def test_acceptance_that_falls_with_the_position_is_seen():

@@ -23,6 +23,10 @@ from ssd_repro.experiment import System
 SYSTEMS = [System("autoregressive"), System("draft"), System("speculative", 0.4, 3)]
 
 
+LONG = "This sentence is so long that the next one does not fit beside it, " * 2 + "and so it is. "  # 150 characters
+TWO_PIECES = LONG + "Here is the second piece, " + "which is long as well, " * 5 + "and ends."
+
+
 def run(voice, folder, count=3, **other):
     said = experiment.utterances(count, voice.names)
     return experiment.run(voice, SYSTEMS, said, folder, "table1", **other)
@@ -168,7 +172,7 @@ def test_the_voices_own_temperature_is_no_other_setting(fake, tmp_path):
 
 
 def test_what_tokens_carry_by_their_sound(fake):
-    take = fake.speak("Two sentences are spoken here. This one is the second.")
+    take = fake.speak(TWO_PIECES)
     first, second = (len(sentence.tokens) for sentence in take.sentences)
     audio = take.audio.copy()
     audio[: 5 * 960] *= 0.001
@@ -319,7 +323,8 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
 
 
 def test_timeline_accounts_for_every_token(fake):
-    take = fake.speak("Two sentences are spoken here. This one is the second.")
+    take = fake.speak(TWO_PIECES)
+    assert len(take.sentences) == 2
     row = experiment.measured([take])
     events = figures.timeline_events(row)
     spoken = events[events.kind.isin(["sampled", "accepted", "bonus", "resampled"])]

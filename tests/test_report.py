@@ -38,7 +38,9 @@ def test_report_makes_everything_from_rows_alone(fake, tmp_path, monkeypatch):
     fill(fake, folder)
     decodes, before = len(fake.calls), (folder / "provenance.json").read_bytes()
     blocks = ["table1", "table3", "figure3", "theory_paper"]
-    readme.write_text("top\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in blocks) + "end\n")
+    readme.write_text(
+        "top\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in blocks) + "end\n"
+    )
     monkeypatch.setattr(cli, "_speak", lambda *_: pytest.fail("a model was loaded"))
     command = ["report", "--out", str(folder), "--readme", str(readme)]
     assert cli.main(command) == 0
@@ -49,7 +51,9 @@ def test_report_makes_everything_from_rows_alone(fake, tmp_path, monkeypatch):
         assert text.startswith("| ") and "`ssd-repro run --profile quick`" in text
         assert (folder / "figures" / f"{name}.svg").exists() == (exhibit.draw is not None)
     text = readme.read_text()
-    assert text.startswith("top\n<!-- table1 -->\n| system |") and text.endswith("end\n") and "old" not in text
+    assert (
+        text.startswith("top\n<!-- table1 -->\n| system |") and text.endswith("end\n") and "old" not in text
+    )
     assert "*SSD, paper*" in text and report.WHY["06_theory"] in text
     made = {path: path.read_bytes() for kind in ("tables", "figures") for path in (folder / kind).iterdir()}
     assert max(map(len, made.values())) < 5e6
