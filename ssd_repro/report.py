@@ -83,7 +83,8 @@ THEORY_NOTE = (
     "counts; left %: first tokens, rounds that the end cuts short, and the prefill of the baseline."
 )
 WHY = {
-    "00_listen": "One sentence says little: the next notebooks have the numbers.",
+    "00_listen": "Why they differ: one sentence of another voice on another machine; the next "
+    "notebooks have the numbers.",
     "01_table1": "Why they differ: another target and draft, trained on far less speech; a CPU, where a forward costs what "
     "it computes, while on the paper's A100 a small forward costs mostly its launch; Whisper base, not large-v3; GE2E, not "
     "ERes2Net.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .compare import bootstrap, corpus_speedup, ratio_of_sums
+from .compare import bootstrap, corpus_speedup
 from .curves import judged, rounds_of
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from ssd_repro import cli, experiment, interactive, report, tables
+from ssd_repro import cli, experiment, interactive, report
 from ssd_repro.errors import InputError
 from ssd_repro.experiment import AUTOREGRESSIVE, System
 
