@@ -164,9 +164,10 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker
 
 
 def _plain(systems, voice) -> list[System]:
-    """Each once: the voice's own temperature is no other one, and heard is more than unheard."""
+    """Each once: the voice's own temperature is no other one, beta 1 is 1.0, and heard is more than unheard."""
     own = voice.sampler.temperature
     plain = [replace(s, temperature=None) if s.temperature == own else s for s in systems]
+    plain = [s if s.tolerance is None else replace(s, tolerance=float(s.tolerance)) for s in plain]
     return list(dict.fromkeys(replace(s, heard=True) if replace(s, heard=True) in plain else s for s in plain))
 
 

@@ -77,7 +77,7 @@ ACCEPTANCE_NOTE = (
     "below the loud tokens of its utterance, boundary is a token on either side of a change."
 )
 THEORY_NOTE = (
-    "Speed-up a token. Formula: (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + 1)), Leviathan et al. 2023, alpha = accepted / "
+    "Speed-up a token, over all utterances together. Formula: (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + 1)), Leviathan et al. 2023, alpha = accepted / "
     "judged, c = draft step / target step; positions: with the acceptance rate of each position of the draft; costs: also "
     "with the measured cost of the verification. The residue: prefill % and loop % of SSD's LM time, which no prediction "
     "counts; left %: first tokens, rounds that the end cuts short, and the prefill of the baseline."

@@ -88,6 +88,7 @@ BAD = {
     "parameter name": (["run", "-p", "sed", "1"], "'sed'"),
     "parameter type": (["run", "-p", "seed", "one"], "seed must be int, got 'one'"),
     "parameter type 2": (["run", "-p", "sentences", "2.5"], "sentences must be int, got '2.5'"),
+    "processes": (["run", "--processes", "0"], "--processes must be a whole number of at least 1, got 0"),
     "parameter type 3": (["run", "-p", "tolerance", "high"], "tolerance must be float, got 'high'"),
 }
 
