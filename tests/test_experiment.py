@@ -163,6 +163,12 @@ def test_the_baseline_of_a_row_is_decoded_in_turn_with_it(fake, tmp_path):
     assert [method for method, _ in fake.calls] == [a, s, s] + [a, s, s] + [s, s, a] + [s, a, s]
 
 
+def test_one_setting_asked_for_twice_is_one_row(fake, tmp_path):
+    grid = [*experiment.grid((), [3], heard=False), *experiment.grid([0.4]), System("speculative", 1), System("speculative", 1.0)]
+    rows = experiment.run(fake, grid, experiment.utterances(1, fake.names), tmp_path, "a", repeats=1)
+    assert list(rows.tolerance) == [0.4, 1.0] and rows.heard.all() and len(fake.calls) == 2 * 3
+
+
 def test_the_voices_own_temperature_is_no_other_setting(fake, tmp_path):
     grid = experiment.grid([0.4], [3], [0.7, 1.0])
     rows = experiment.run(fake, grid, experiment.utterances(1, fake.names), tmp_path, "a", repeats=1)
