@@ -81,7 +81,7 @@ def test_run_makes_results_and_makes_no_row_twice(fake_environment, tmp_path):
     for path in [*out.glob("*.ipynb"), out / "provenance.json"]:
         text = path.read_text()
         assert str(tmp_path) not in text and str(ROOT) not in text and sys.prefix not in text, path.name
-    assert run(fake_environment, tmp_path, "--only", "01", *small[:4]).returncode == 0
+    assert run(fake_environment, tmp_path, "--only", "01", *small[:6]).returncode == 0
     assert (out / "rows" / "table1.jsonl").read_bytes() == rows
 
 
