@@ -154,7 +154,7 @@ def sample(
     # In deployment's precision, in a copy; embeddings of the prompt come from it too.
     lm = copy.deepcopy(target.lm).to(accelerator.device).eval()
     if settings.precision == "bf16":
-        lm = lm.bfloat16()
+        lm = lm.cast("bf16")
     asked = replace(target, lm=lm)
     mine = [one for one in examples if one.id not in done][
         accelerator.process_index :: accelerator.num_processes
