@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import random
 import time
 from collections.abc import Callable
@@ -31,12 +30,11 @@ from .draft_data import Batch, Batches, Example, Target, collate, data_sha256, l
 from .errors import InputError
 from .experiment import append_row, drop_half_line, git_state, locked, read_rows, write_text
 from .sampling import check_number, probabilities
-from .speech_lm import SpeechLM, make_draft
-from .training import write_checkpoint
+from .speech_lm import PRECISIONS, SpeechLM, make_draft
+from .training import learning_rate, write_checkpoint
 
 RECIPES = ("paper", "on-policy")
 LOSSES = ("ce", "kl")
-PRECISIONS = ("bf16", "fp32")
 FREE = ("accumulate", "save_every")  # settings that may differ when a run goes on
 
 
@@ -77,11 +75,6 @@ class Settings:
         check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         check_number("learning_rate", self.learning_rate, 1e-9, 10.0)
         check_number("weight_decay", self.weight_decay, 0.0, 10.0)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, times a cosine to 0."""
-        warm = min(1.0, (step + 1) / self.warmup)
-        return self.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
 
 # ------------------------------------------------------------ processes
@@ -154,7 +147,7 @@ def sample(
     # In deployment's precision, in a copy; embeddings of the prompt come from it too.
     lm = copy.deepcopy(target.lm).to(accelerator.device).eval()
     if settings.precision == "bf16":
-        lm = lm.bfloat16()
+        lm = lm.cast("bf16")
     asked = replace(target, lm=lm)
     mine = [one for one in examples if one.id not in done][
         accelerator.process_index :: accelerator.num_processes
@@ -348,7 +341,7 @@ class _Run:
             sum(one.labels for one in whole),
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(self.step)
+            group["lr"] = learning_rate(settings, self.step)
         self.norm = nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -409,7 +402,7 @@ class _Run:
             "step": self.step,
             "loss": loss / tokens,
             "gradient_norm": float(self.norm),
-            "learning_rate": self.settings.rate(self.step - 1),
+            "learning_rate": learning_rate(self.settings, self.step - 1),
             "tokens": self.tokens,
         }
         if evaluating and self.dev:

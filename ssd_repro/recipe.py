@@ -29,6 +29,7 @@ from .training import (
     TargetTrainer,
     Utterance,
     calibrate,
+    codes_of,
     featurise,
     train_codec,
 )
@@ -141,7 +142,7 @@ def codec_ablation(
             seen, heard, schedule, work / f"ablation_{number}.ckpt", log, phone_weight=weight
         )
         calibrate_codec(trainer.codec, seen, source, each=10)
-        codes = {f.id: trainer.codec.encode(f.world[None], f.hint[None].float())[0] for f in heard}
+        codes = {f.id: codes_of(trainer.codec, f) for f in heard}
         made = {f.id: trainer.codec.decode(codes[f.id], VOICES.index(f.voice)) for f in heard}
         lines[name] = line(made) | {
             "phone errors %": 100 * losses[-1]["dev_phone_error_rate"] if weight else float("nan"),
@@ -358,8 +359,7 @@ def sampler_rows(
         generator = torch.Generator(voice.device).manual_seed(one.seed)
         sampler = samplers[name]
         result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=sampler)
-        audio = voice.codec.decode(torch.tensor(result.tokens), voice.names.index(one.voice))
-        return audio, result.stopped, len(result.tokens) / len(phones)
+        return voice.vocode(result.tokens, one.voice), result.stopped, len(result.tokens) / len(phones)
 
     settings = {name: vars(sampler) for name, sampler in samplers.items()}
     return _measured(voice, settings, render, said, folder / "rows" / "samplers.jsonl", whisper, progress)

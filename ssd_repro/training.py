@@ -86,8 +86,7 @@ def fit(
     sums: dict[str, list[float]] = {}
     began = time.perf_counter()
     for step in range(first, schedule.steps):
-        rate = schedule.learning_rate * min(1, (step + 1) / schedule.warmup)
-        rate *= 0.5 + 0.5 * math.cos(math.pi * step / schedule.steps)
+        rate = learning_rate(schedule, step)
         for group, scale in zip(optimizer.param_groups, scales):
             group["lr"] = rate * scale
         torch.manual_seed(schedule.seed * 1_000_003 + step)  # dropout has no generator argument
@@ -115,6 +114,12 @@ def fit(
             write_checkpoint(checkpoint, save | {"step": step + 1, "rows": json.dumps(rows)})
     model.eval()
     return rows
+
+
+def learning_rate(schedule, step: int) -> float:
+    """Linear warm-up, times a cosine to 0; ``schedule`` has learning_rate, warmup and steps."""
+    warm = min(1.0, (step + 1) / schedule.warmup)
+    return schedule.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / schedule.steps))
 
 
 def pick(items: list, size: Callable[[object], int], schedule: Schedule, step: int) -> list:
@@ -328,13 +333,18 @@ def train_codec(
     return trainer, rows
 
 
+def codes_of(codec: Codec, f: Features) -> Tensor:
+    """Code ids (N,) of one utterance's features."""
+    return codec.encode(f.world[None], f.hint[None].float())[0]
+
+
 @torch.no_grad()
-def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]], strength: float = 1.0) -> None:
+def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]]) -> None:
     """Set the codec's ``scale`` and ``shift`` of every voice from teacher speech (features, audio at 24 kHz).
 
     scale: the spread of each envelope coefficient within an utterance, the teacher's over the
-    decoder's, to the power ``strength``. shift: the teacher's mean, and then what is left between
-    the long-term spectra of the teacher's and the synthesised audio (WORLD has a bias of its own).
+    decoder's. shift: the teacher's mean, and then what is left between the long-term spectra of
+    the teacher's and the synthesised audio (WORLD has a bias of its own).
     """
     codec.scale.fill_(1.0)
     codec.shift.fill_(0.0)
@@ -342,7 +352,7 @@ def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]], strength: 
         mine = [(f, audio) for f, audio in items if f.voice == voice]
         if not mine:
             continue
-        codes = [codec.encode(f.world[None], f.hint[None].float())[0] for f, _ in mine]
+        codes = [codes_of(codec, f) for f, _ in mine]
 
         def moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
             envelopes = [x[:, :ENVELOPE] for x in features]
@@ -353,7 +363,7 @@ def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]], strength: 
 
         mean, spread = moments([f.world for f, _ in mine])
         made_mean, made_spread = moments([codec.features(c, place) for c in codes])
-        codec.scale[place] = (spread / made_spread) ** strength
+        codec.scale[place] = spread / made_spread
         codec.shift[place] = mean - codec.scale[place] * made_mean
         wanted = long_term_spectrum([audio for _, audio in mine])
         found = long_term_spectrum([codec.decode(c, place) for c in codes])
@@ -600,25 +610,22 @@ def layout(
     ``before`` it: [start][its phones][phones][task][its speech][speech], and no voice token.
     """
     stop = codec.config.codebook_size
-    parts = [
-        [(v, v.codes[k], v.aligned[k]) for v in (w, u) if v for k in [rng.randrange(len(v.codes))]]
-        for w, u in zip(before or [None] * len(batch), batch)
-    ]
-    heads = [
-        prompt(u.phones, None if w else u.voice, w.phones if w else ())
-        for w, u in zip(before or [None] * len(batch), batch)
-    ]
-    spoken = [[c for _, codes, _ in part for c in codes] for part in parts]
+    heads, spoken, told = [], [], []  # text ids, codes, their phones
+    for w, u in zip(before or [None] * len(batch), batch):
+        heads.append(prompt(u.phones, None if w else u.voice, w.phones if w else ()))
+        shifts = [(v, rng.randrange(len(v.codes))) for v in (w, u) if v]
+        spoken.append([code for v, k in shifts for code in v.codes[k]])
+        told.append([phone for v, k in shifts for phone in v.aligned[k]])
     length = max(len(h) + len(c) for h, c in zip(heads, spoken))
     text = torch.full((len(batch), length), -1)
     speech, labels = text.clone(), text.clone()
     phones = torch.full((len(batch), length, 2), -1)
-    for i, (head, said, part) in enumerate(zip(heads, spoken, parts)):
+    for i, (head, said, aligned) in enumerate(zip(heads, spoken, told)):
         codes, t = torch.tensor(said), len(head)
         text[i, :t] = torch.tensor(head)
         speech[i, t : t + len(codes)] = codes
         labels[i, t - 1 : t + len(codes)] = torch.cat([codes, torch.tensor([stop])])
-        phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor([a for _, _, aligned in part for a in aligned])
+        phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor(aligned)
     if flip:
         digits = codec.to_digits(speech.clamp(min=0))
         wrong = torch.rand(digits.shape) < flip

@@ -30,7 +30,7 @@ from ssd_repro.errors import InputError
 from ssd_repro.sampling import Sampler, probabilities
 from ssd_repro.speech_lm import make_draft
 from ssd_repro.text import TASK, VOICES
-from ssd_repro.training import TargetTrainer
+from ssd_repro.training import TargetTrainer, learning_rate
 
 pytest.importorskip("accelerate", reason="the extra scale is not installed")
 SMALL = CodecConfig(encoder_width=16, decoder_width=16, encoder_blocks=1, decoder_blocks=1, hint=8)
@@ -228,7 +228,7 @@ def test_the_papers_recipe_moves_the_bottom_and_the_head_alone(world, tmp_path):
     assert draft.model.layers[1].mlp.up_proj.weight is target.lm.model.layers[3].mlp.up_proj.weight
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert [row["step"] for row in rows] == [20, 40, 50, 60] and 0 < rows[-1]["dev_overlap"] <= 1
-    assert [row["learning_rate"] for row in rows] == [settings.rate(row["step"] - 1) for row in rows]
+    assert [row["learning_rate"] for row in rows] == [learning_rate(settings, row["step"] - 1) for row in rows]
     assert rows[-1]["tokens"] == sum(one.labels for step in range(60) for one in Batches(learned, 6, 0)(step))
 
 
