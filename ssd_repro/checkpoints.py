@@ -13,7 +13,7 @@ from torch import nn
 from .codec import Codec, CodecConfig
 from .cosyvoice_lm import load_cosyvoice  # noqa: F401  the third kind of file, read beside its ids
 from .errors import InputError
-from .speech_lm import SpeechLM, make_draft, small_qwen2
+from .speech_lm import SpeechLM, make_draft, own_parameters, small_qwen2, split_of
 
 BUNDLED = Path(__file__).parent / "weights"
 FORMAT = 2
@@ -39,12 +39,10 @@ def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, fa
     Of the draft only what it does not share with the target is stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
-    bottom = sum(any(p.requires_grad for p in layer.parameters()) for layer in draft.model.layers)
     tensors = {
         "codec": codec.state_dict(),
         "target": target.state_dict(),
-        "draft": {name: value for name, value in draft.state_dict().items() if name in own},
+        "draft": {name: parameter.detach() for name, parameter in own_parameters(draft).items()},
     }
     for part, state in tensors.items():
         save_file({k: v.half().contiguous() for k, v in state.items()}, folder / f"{part}.safetensors")
@@ -63,7 +61,7 @@ def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, fa
             "max_position_embeddings": config.max_position_embeddings,
         },
         "speech_vocab": target.speech_embedding.num_embeddings,
-        "draft": {"bottom": bottom, "top": len(draft.model.layers) - bottom},
+        "draft": split_of(draft),
         **facts,
         "sha256": {f"{part}.safetensors": sha256(folder / f"{part}.safetensors") for part in PARTS},
     }
@@ -82,8 +80,7 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
     _fill(codec, states["codec"], folder / "codec.safetensors")
     _fill(target, states["target"], folder / "target.safetensors")
     draft = make_draft(target, **about["draft"])
-    own = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
-    shared = {k: v for k, v in draft.state_dict().items() if k not in own}
+    shared = {k: v for k, v in draft.state_dict().items() if k not in own_parameters(draft)}
     _fill(draft, shared | states["draft"], folder / "draft.safetensors")
     return codec.eval(), target.eval(), draft.eval(), about
 
@@ -139,15 +136,14 @@ def save_draft(folder: Path, draft: SpeechLM, target: SpeechLM, facts: dict) -> 
     draft.json comes last, beside and renamed: where it is, the draft is whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = {name: p.detach().float().cpu().contiguous() for name, p in draft.named_parameters() if p.requires_grad}
+    own = {name: p.detach().float().cpu().contiguous() for name, p in own_parameters(draft).items()}
     weights, part = folder / DRAFT_FILES[1], folder / f".{DRAFT_FILES[1]}.part"
     save_file(own, part)
     part.chmod(0o644)
     part.replace(weights)
-    bottom = len({name.split(".")[2] for name in own if name.startswith("model.layers.")})
     about = {
         "format": FORMAT,
-        "layers": {"bottom": bottom, "top": len(draft.model.layers) - bottom},
+        "layers": split_of(draft),
         "target": {str(dtype): weights_sha256(target, dtype) for dtype in (torch.bfloat16, torch.float16)},
         **facts,
         "sha256": sha256(weights),
@@ -196,7 +192,7 @@ def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
             f"{known[:12]}, that of this one with {found[:12]}"
         )
     draft = make_draft(target, **about["layers"])
-    own = {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    own = own_parameters(draft)
     state = load_file(path)
     if state.keys() != own.keys():
         raise InputError(f"{path} holds other tensors than a draft of {about['layers']} layers")

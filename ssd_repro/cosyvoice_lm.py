@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 from .decoding import DecodeConfig
-from .errors import InputError
+from .errors import InputError, first_line
 from .sampling import check_number
 from .speech_lm import SpeechLM
 
@@ -189,7 +189,7 @@ def _load_converted(folder: Path, dtype: torch.dtype) -> CosyVoiceLM:
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder} has no readable tokenizer ({_line(error)}): convert the model again"
+            f"{folder} has no readable tokenizer ({first_line(error)}): convert the model again"
         ) from None
     if "<|s_0|>" not in words:
         raise InputError(
@@ -232,7 +232,7 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read as a checkpoint of tensors ({_line(error)}): it is cut or another kind of file"
+            f"{path} cannot be read as a checkpoint of tensors ({first_line(error)}): it is cut or another kind of file"
         ) from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}: llm.pt holds a dict of tensors")
@@ -249,7 +249,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise InputError(
-            f"{path} cannot be read ({_line(error)}): it is cut or another kind of file"
+            f"{path} cannot be read ({first_line(error)}): it is cut or another kind of file"
         ) from None
 
 
@@ -272,7 +272,7 @@ def _read_config(path: Path) -> Qwen2Config:
         kind = about["model_type"]
         config = Qwen2Config.from_dict(about | {"pad_token_id": None}, attn_implementation="sdpa")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as a Qwen2 configuration ({_line(error)})") from None
+        raise InputError(f"{path} cannot be read as a Qwen2 configuration ({first_line(error)})") from None
     if kind != "qwen2" or set(config.layer_types) != {"full_attention"}:
         raise InputError(
             f"{path} describes {kind} with {set(config.layer_types)}; it must be qwen2, full attention"
@@ -344,7 +344,3 @@ def _some(names) -> str:
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

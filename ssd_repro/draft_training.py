@@ -30,7 +30,7 @@ from .draft_data import Batch, Batches, Example, Target, collate, data_sha256, l
 from .errors import InputError
 from .experiment import append_row, drop_half_line, git_state, locked, read_rows, write_text
 from .sampling import check_number, probabilities
-from .speech_lm import PRECISIONS, SpeechLM, make_draft
+from .speech_lm import PRECISIONS, SpeechLM, choose_device, make_draft
 from .training import learning_rate, write_checkpoint
 
 RECIPES = ("paper", "on-policy")
@@ -90,16 +90,10 @@ def processes(device: str = "auto"):
         from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
     except ImportError:
         raise InputError("accelerate is not installed: install the extra `ssd-repro[scale]`") from None
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device 'cuda' was asked for and this machine has none that torch can use: choose cpu or auto"
-        )
+    device = choose_device(device)
     # Some processes may sample hours longer than others: no wait for them shall time out.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
     kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in kinds:
         raise InputError(

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 SECONDS = (
     4.0,
@@ -103,7 +103,7 @@ def from_hub(name: str) -> Path:
         ) from None
     except Exception as error:
         raise InputError(
-            f"{name} is no folder, and no dataset of the hub that can be read here ({_line(error)}): give the "
+            f"{name} is no folder, and no dataset of the hub that can be read here ({first_line(error)}): give the "
             "folder of LibriTTS test-clean, or a hub name such as mythicinfinity/libritts"
         ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,3 @@ def from_hub(name: str) -> Path:
 
 def _bytes(audio: dict) -> bytes:
     return audio["bytes"] or Path(audio["path"]).read_bytes()
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
@@ -135,7 +135,7 @@ def _whisper(path: str, device: str):
         raise InputError("faster-whisper is missing: install the extra `ssd-repro[eval]`") from None
     except Exception as error:
         raise InputError(
-            f"cannot load the Whisper model {path!r} ({_line(error)}): without a network give the folder of a "
+            f"cannot load the Whisper model {path!r} ({first_line(error)}): without a network give the folder of a "
             "CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
         ) from error
 
@@ -260,7 +260,7 @@ def _wavlm(name: str):
         model, about = WavLMForXVector.from_pretrained(name, output_loading_info=True)
     except Exception as error:
         raise InputError(
-            f"cannot load the speaker model {name!r} ({_line(error)}): give a WavLM with x-vector head, by the hub "
+            f"cannot load the speaker model {name!r} ({first_line(error)}): give a WavLM with x-vector head, by the hub "
             "name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave it empty for GE2E"
         ) from error
     if about["missing_keys"]:
@@ -288,7 +288,3 @@ def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, spea
     both = (np.asarray(x, np.float32).tobytes() for x in (audio, reference))
     a, b = (_xvector(x, rate, speaker) if speaker else _embedding(x, rate) for x in both)
     return math.nan if a is None or b is None else float(np.dot(a, b))
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -124,17 +124,41 @@ def small_qwen2(
     return Qwen2Model(config)
 
 
+def choose_device(device: str) -> str:
+    """"cpu" or "cuda" for auto, cpu or cuda; InputError for another name, and for a GPU that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
+    present = torch.cuda.is_available()
+    if device == "cuda" and not present:
+        raise InputError(
+            "device 'cuda' was asked for and this machine has none that torch can use: choose cpu or auto"
+        )
+    return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def own_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
+    """Of a draft of ``make_draft``: what it does not share with its target."""
+    return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
+
+
+def split_of(draft: nn.Module) -> dict[str, int]:
+    """{"bottom": own layers, "top": layers shared with the target} of a draft of ``make_draft``."""
+    own = {name.split(".")[2] for name in own_parameters(draft) if name.startswith("model.layers.")}
+    return {"bottom": len(own), "top": len(draft.model.layers) - len(own)}
+
+
 def draft_layers(
     layers: int, depth: int | None = None, bottom: int | None = None, top: int | None = None
 ) -> tuple[int, int]:
-    """How many (bottom, top) layers of the target a draft takes: a third, two of them at the bottom, as the paper.
+    """How many (bottom, top) layers of the target a draft takes: a third in all.
 
-    24 layers -> 2 + 6, 12 -> 2 + 2; of fewer than twelve 1 + 1 and more. One bottom layer
-    cannot both find its place in the text and say what comes next. ``depth`` asks for so many
-    layers in all, ``bottom`` and ``top`` for exact numbers. InputError if they do not fit.
+    24 layers -> 2 + 6, as the paper's; of shallower targets all but one are bottom layers, 12 ->
+    3 + 1: top layers expect to be told the place in the text, and two small layers do not find
+    it (README, "Deviations"). ``depth`` asks for so many layers in all, ``bottom`` and ``top``
+    for exact numbers. InputError if they do not fit.
     """
     third = max(2, layers // 3) if depth is None else depth
-    bottom = max(1, min(2, third // 2)) if bottom is None else bottom
+    bottom = (2 if third >= 8 else max(1, third - 1)) if bottom is None else bottom
     top = max(0, third - bottom) if top is None else top
     if bottom < 1 or top < 0 or bottom + top > layers or depth not in (None, bottom + top):
         asked = "" if depth is None else f" (depth {depth})"

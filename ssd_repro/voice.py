@@ -23,7 +23,7 @@ from .codec import SAMPLE_RATE, TOKEN_RATE, Codec
 from .decoding import DecodeConfig, DecodeResult, autoregressive, speculative
 from .errors import InputError
 from .sampling import Sampler, check_number
-from .speech_lm import PRECISIONS, SpeechLM
+from .speech_lm import PRECISIONS, SpeechLM, choose_device
 from .static import StaticLM
 from .text import check_text, language, phone_ids, prompt, sentences
 
@@ -322,14 +322,7 @@ def load(
     """
     if precision not in PRECISIONS:  # before any work
         raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device 'cuda' was asked for and this machine has none that torch can use: choose cpu or auto"
-        )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     if device == "cuda":  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     folder = Path(path) if path else checkpoints.BUNDLED
