@@ -100,7 +100,7 @@ def test_make_draft_shares_what_the_paper_shares():
     assert draft.head.weight is not target.head.weight
     trained = {name.split(".")[0] if "head" in name else name[: len("model.layers.0")]
                for name, p in draft.named_parameters() if p.requires_grad}
-    assert trained == {"head", "model.layers.0", "model.layers.1"}
+    assert trained == {"head", "model.layers.0", "model.layers.1", "model.layers.2"}
 
     optimiser = torch.optim.SGD([p for p in draft.parameters() if p.requires_grad], lr=0.1)
     draft(torch.randn(2, 5, 16)).square().sum().backward()
