@@ -484,7 +484,7 @@ class TargetTrainer(nn.Module):
         kv_heads: int = 2,
         dropout: float = 0.1,
         flip: float = 0.02,
-        draft_rate: float = 0.25,
+        draft_rate: float = 0.33,
         short: dict[str, list[Utterance]] | None = None,
     ):
         super().__init__()
