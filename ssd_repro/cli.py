@@ -6,22 +6,30 @@ import argparse
 import ast
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from .errors import InputError
 
+LAUNCHED = "SSD_REPRO_LAUNCHED"  # set in the processes of --processes
+COMMITTED = "mini"  # the profile whose results README shows
 FIRST_TRAINING = "10"  # notebooks numbered from here on train: they run with --only alone
 
 
 def _first_process() -> bool:
-    """Of those that torchrun or accelerate launched; what all of them would say, this one says."""
-    return os.environ.get("RANK", "0") == "0"
+    """Of those that torchrun or accelerate launched; what all of them would say, this one says.
+
+    Of those of ``launch`` any may speak: the first that fails is the last.
+    """
+    return LAUNCHED in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +81,7 @@ def parser() -> Parser:
     report.add_argument("--profile", default="quick", metavar="NAME", help="default quick")
     report.add_argument("--out", type=Path, metavar="DIR", help="the results folder; default results/<profile>")
     report.add_argument("--readme", type=Path, metavar="FILE", help="put the tables between its markers <!-- name -->; "
-                        "default the checkout's README.md, and with --out none")  # fmt: skip
+                        f"default the checkout's README.md for the profile {COMMITTED}, else none")  # fmt: skip
     report.set_defaults(function=run_report)
 
     tokens = commands.add_parser("tokenise", help="LibriTTS as the rows that train-draft learns from; alone, or launched")
@@ -226,7 +234,7 @@ def run_report(options) -> int:
 
     folder = results_folder(str(options.out or ""), options.profile)
     readme = options.readme
-    if readme is None and options.out is None and source_tree():
+    if readme is None and options.out is None and options.profile == COMMITTED and source_tree():
         readme = source_tree() / "README.md"
     if readme and not readme.is_file():
         raise InputError(f"--readme {readme} is not a file")
@@ -338,9 +346,12 @@ def run_notebooks(options) -> int:
     check_given(options.profile, parameters)
     fixed = {"profile": options.profile, "out": _as_typed(out)}
     rank, world = process()
+    end_with_parent()
     if options.processes < 1:
         raise InputError(f"--processes must be a whole number of at least 1, got {options.processes}")
     if options.processes > 1 and world == 1:
+        with locked(out / ".run.lock"):
+            pass  # what can be refused is refused before there are processes
         return launch(options.processes, options.arguments)
     code = 0
     with nullcontext() if rank else locked(out / ".run.lock"):
@@ -364,15 +375,42 @@ def check_given(name: str, parameters: dict[Path, dict]) -> None:
         raise InputError(f"profile {name} needs {asked} ({about})")
 
 
-# Several processes: torchrun, accelerate launch
+# Several processes: --processes, torchrun, accelerate launch
 
 
 def launch(processes: int, arguments: list[str]) -> int:
-    """The same command in several processes of this machine, each with its share of the cores."""
-    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *torchrun, "-m", "ssd_repro", *arguments]
-    return subprocess.run(command, env=share | os.environ, check=False).returncode
+    """The same command in several processes of this machine, each with its share of the cores -> exit code.
+
+    Not by torchrun: its processes outlive a killed parent, and hold the lock. These end with it
+    (``end_with_parent``), and the first that fails ends the others.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), LAUNCHED: "1"}
+    command, workers = [sys.executable, "-m", "ssd_repro", *arguments], []
+    try:
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            workers.append(subprocess.Popen(command, env=share | meet | own, stdin=subprocess.PIPE))
+        while True:
+            codes = [worker.poll() for worker in workers]
+            if any(codes) or None not in codes:
+                return max(abs(code) for code in codes if code is not None)
+            time.sleep(0.2)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def end_with_parent() -> None:
+    """In a process of ``launch``: end when its parent has, that is, when the pipe on stdin does."""
+    if LAUNCHED in os.environ:
+        pipe = os.dup(0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        threading.Thread(target=lambda: os.read(pipe, 1) or os._exit(1), daemon=True).start()
 
 
 def share_rows(parameters: dict[Path, dict]) -> None:
@@ -439,6 +477,8 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
             file=sys.stderr,
         )
         return 2 if error.ename == "InputError" else 1
+    except OSError as error:  # papermill saves after each cell
+        raise InputError(f"cannot write {running}: {error.strerror or error}; rows and {done.name} are kept") from error
     tidy(running, source)
     os.replace(running, done)
     failed.unlink(missing_ok=True)

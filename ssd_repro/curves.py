@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .compare import bootstrap, ratio_of_sums
+from .compare import LEAST, bootstrap, ratio_of_sums
 
 PARTS = 10  # of an utterance
 
 
 def rounds_of(rows: pd.DataFrame):
-    """(drafted, accepted) of every round that drafted."""
-    for pieces in rows.rounds:
-        for piece in pieces:
-            yield from ((drafted, accepted) for drafted, accepted in piece if drafted)
+    """(drafted, accepted) of every round that drafted, but for one that an accepted end of speech cut short."""
+    for pieces, counts in zip(rows.rounds, rows.pieces, strict=True):
+        for piece, tokens in zip(pieces, counts, strict=True):
+            begin = 0
+            for drafted, accepted in piece:
+                if drafted and begin + accepted <= tokens:
+                    yield drafted, accepted
+                begin += accepted + 1
 
 
 def piece_events(rounds, tokens: int):
@@ -62,14 +66,20 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def rate(events: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Accepted / judged for each value of ``by``, with a 95 % interval over utterances."""
+    """Accepted / judged for each value of ``by``, with a 95 % interval over utterances, if they are enough for one."""
     lines = []
     for value, group in events.groupby(by, sort=True):
         each = group.groupby("utterance").accepted.agg(["sum", "size"])
-        low, high = bootstrap(ratio_of_sums, each["sum"], each["size"])
+        enough = len(each) >= LEAST
+        low, high = bootstrap(ratio_of_sums, each["sum"], each["size"]) if enough else (np.nan, np.nan)
         lines.append({"value": value, "acceptance": group.accepted.mean(), "low": low, "high": high,
                       "judged": len(group), "n": len(each)})  # fmt: skip
     return pd.DataFrame(lines, columns=["value", "acceptance", "low", "high", "judged", "n"])
+
+
+def speaker(row) -> str:
+    """The bundled voice's name; of a LibriTTS prompt, <speaker>_<chapter>_..., the speaker."""
+    return row.voice if row.front_end == "bundled" else row.voice.split("_")[0]
 
 
 def over_setting(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -105,6 +115,6 @@ def acceptance(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.Da
         "position in the draft": rate(judged(longest), "place"),
         "along the utterance": rate(events.assign(part=(parts + 0.5) / PARTS), "part"),
         "what the token carries": rate(events, "carries"),
-        "voice": over_setting(point, "voice"),
+        "voice": over_setting(point.assign(speaker=[speaker(row) for row in point.itertuples()]), "speaker"),
     }
     return pd.concat([frame.assign(curve=name) for name, frame in curves.items()]).set_index("curve")

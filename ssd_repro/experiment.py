@@ -147,6 +147,7 @@ def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker
         known = rows_of_folder(folder)
         missing = {system for line in cells for system, s in line if find(known, s) is None}
         _warm_up(voice, [s for s in systems if s in missing], mine, whisper, speaker)
+        wait_for_all()  # nobody is timed while another warms up
         for begin in progress(range(0, -(-len(utterances) // world), block)):
             chosen = range(begin, min(begin + block, len(mine)))
             timed = []
@@ -385,12 +386,13 @@ def append_row(path: Path, row: dict) -> None:
 
 def append_rows(path: Path, rows) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    left = lines.encode()
     try:
-        with path.open("ab") as handle:
+        with path.open("ab", buffering=0) as handle:  # a buffer would write what is left of it when it closes
             size = handle.tell()
             try:
-                handle.write(lines.encode())
-                handle.flush()
+                while left:
+                    left = left[handle.write(left) :]
                 os.fsync(handle.fileno())
             except OSError:
                 os.truncate(path, size)
@@ -447,12 +449,17 @@ def locked(path: Path):
 
 
 def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write beside and rename: a reader sees the old file or the new one. InputError on a full disk."""
     handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as handle:
-            handle.write(text)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as handle:
+            handle.write(content)
         os.chmod(handle.name, 0o644)
         os.replace(handle.name, path)
     except OSError as error:
@@ -493,9 +500,15 @@ def git_state() -> dict:
 
 
 def write_provenance(folder, name: str, voice, profile: str, parameters: dict, keys=()) -> dict:
-    """Add to ``<folder>/provenance.json``, under ``name``, where its results (rows ``keys``) come from."""
+    """Add to ``<folder>/provenance.json``, under ``name``, where its results (rows ``keys``) come from.
+
+    An entry stays as it is if the same parameters lead to the same rows: it tells of the run that made them.
+    """
     path = Path(folder) / "provenance.json"
     whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    old, keys = whole.get(name, {}), list(keys)
+    if keys and (old.get("keys"), old.get("parameters")) == (keys, parameters):
+        return old
     whole[name] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **git_state(),
@@ -508,7 +521,7 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
-        "keys": list(keys),
+        "keys": keys,
     }
     write_text(path, json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return whole[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from .codec import TOKEN_RATE
+from .experiment import write_bytes
 
 PALETTE = sns.color_palette("colorblind")
 KINDS = {  # what became of a token, in the order of the lanes from the top
@@ -219,11 +221,10 @@ def theory(table: pd.DataFrame, ax):
 
 def save(figure, folder: Path, name: str) -> None:
     """<folder>/figures/<name>.png and .svg, the same bytes for the same figure."""
-    folder = Path(folder) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.png", bbox_inches="tight", dpi=160, metadata={"Software": None})
+    for kind, unsaid in (("svg", "Date"), ("png", "Software")):
+        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}), io.BytesIO() as made:
+            figure.savefig(made, format=kind, bbox_inches="tight", dpi=160, metadata={unsaid: None})
+            write_bytes(Path(folder) / "figures" / f"{name}.{kind}", made.getvalue())
 
 
 def losses(log: pd.DataFrame, term: str, ax):

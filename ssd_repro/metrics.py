@@ -55,7 +55,8 @@ def measure(
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
     """What a row says of the models that measured it."""
     device = "" if _whisper_device() == "cpu" else f", {_whisper_device()}"
-    return {"whisper": (whisper or "base") + device, "speaker": speaker or "GE2E"}
+    whisper = whisper or os.environ.get(WHISPER_VARIABLE, "") or "base"
+    return {"whisper": whisper + device, "speaker": speaker or "GE2E"}
 
 
 def load(whisper: str = "", speaker: str = "") -> None:

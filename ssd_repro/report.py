@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ QUALITY_NOTE = (
 )
 STAGES_NOTE = (
     "Seconds of each stage for one second of audio; verify: the target's steps; rest: the loop. LM share: prefill to "
-    "rest. The codec here is a WORLD vocoder, where CosyVoice has a flow model and a neural vocoder."
+    "rest. The bundled voice's codec is a WORLD vocoder; CosyVoice has a flow model and a neural vocoder."
 )
 ACCEPTANCE_NOTE = (
     f"{INTERVALS} Accepted / judged: of the drafted tokens up to a round's first rejection; accepted / drafted: of all. A "
@@ -98,6 +99,9 @@ WHY = {
     "of a draft step and of a verification differ (notebook 06).",
     "06_theory": "Why they differ: the same formula with other acceptance rates and other prices; each is in the table above.",
 }
+
+
+WHY_OTHERS = "Why they differ: another machine and other precision; other utterances; a draft of other training; the rows name them."
 
 
 def _versus(notebook: str, table: Callable, at: bool = False) -> Exhibit:
@@ -142,7 +146,9 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Shown:
     exhibit = EXHIBITS[name]
     at = {k: about["parameters"][k] for k in ("tolerance", "draft_length")} if exhibit.at else {}
     table = exhibit.table(rows, **at)
-    note = f"{exhibit.note} {tables.source_line(folder, about, rows)}"
+    bundled = (rows.front_end == "bundled").all()
+    said = exhibit.note if bundled or exhibit.note not in WHY.values() else WHY_OTHERS
+    note = f"{said} {tables.source_line(folder, about, rows)}"
     text = tables.markdown(exhibit.readable(table)) + f"\n{note}\n"
     tables.save(table, folder, name, text)
     if exhibit.draw:
@@ -153,7 +159,7 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Shown:
 
 
 def report(folder: Path, readme: Path | None = None) -> list[str]:
-    """Every exhibit of a results folder anew from its rows, and README's blocks of the same names -> what was made.
+    """Every exhibit of a results folder anew from its rows, and README's blocks of the same names, and its numbers (``CELL``) -> what was made.
 
     No model is loaded. Exhibits of notebooks that have not run, and README's blocks for them, stay as they are.
     """
@@ -173,5 +179,24 @@ def report(folder: Path, readme: Path | None = None) -> list[str]:
     if not made:
         raise InputError(f"{folder}/provenance.json tells of no result notebook: run `ssd-repro run` first")
     if readme:
-        write_text(readme, text)
+        write_text(readme, CELL.sub(lambda found: _cell(found, readme.parent), text))
     return made
+
+
+# A number within README's sentences: <!-- = FILE.csv; column=value; ...; column; format -->number<!-- /= -->
+CELL = re.compile(r"<!-- = (.+?) -->.*?<!-- /= -->", re.DOTALL)
+
+
+def _cell(found: re.Match, root: Path) -> str:
+    """The number anew from its file below ``root``; as it is if there is no such file. InputError if no one row fits."""
+    name, *conditions, column, form = found[1].split("; ")
+    if not (root / name).is_file():
+        return found[0]
+    table = pd.read_csv(root / name, dtype=str, keep_default_na=False)
+    try:
+        for where, _, value in (condition.partition("=") for condition in conditions):
+            table = table[table[where] == value]
+        (number,) = table[column]
+        return f"<!-- = {found[1]} -->{float(number):{form}}<!-- /= -->"
+    except (KeyError, ValueError):
+        raise InputError(f"README's marker {found[1]!r} does not name one number of {root / name}") from None

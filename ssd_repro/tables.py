@@ -26,7 +26,8 @@ PAPER_TABLE3 = pd.DataFrame(  # its Table 3, by beta
      "SS": [0.62, 0.50, 0.62, 0.62, 0.63], "LM-RTF": [0.509, 0.444, 0.408, 0.386, 0.360]},
     index=[0.0, 0.1, 0.2, 0.3, 0.4],
 )  # fmt: skip
-PAPER_BEST_LENGTH = 3  # Figure 3: LM-RTF over L_d = 1..8 is lowest there
+PAPER_LENGTH = 3  # L_d of Tables 1 and 3; by Figure 3 LM-RTF over L_d = 1..8 is lowest there
+PAPER_TOLERANCE = 0.4  # beta of Table 1 and Figure 3
 PAPER_LM_SHARE = 0.70  # Figure 1b: of CosyVoice 2's synthesis time
 PHASES = ("text", "prefill", "draft", "verify", "rest", "codec")  # of a row's seconds, in the order of work
 LM_PHASES = PHASES[1:5]
@@ -105,8 +106,14 @@ def table1(rows: pd.DataFrame) -> pd.DataFrame:
     base, lines = of_method(rows, "autoregressive"), []
     for method, name in NAMES.items():
         ours, _ = paired(of_method(rows, method), base)
-        lines.append({"system": name, **quality_line(ours), **speed_line(ours), **paper_line(PAPER_TABLE1.loc[method])})
+        paper = paper_line(PAPER_TABLE1.loc[method]) if method != "speculative" or _as_the_paper(ours) else {}
+        lines.append({"system": name, **quality_line(ours), **speed_line(ours), **paper})
     return pd.DataFrame(lines).set_index("system")
+
+
+def _as_the_paper(ssd: pd.DataFrame) -> bool:
+    """Whether SSD rows have the setting of the paper's Table 1."""
+    return bool((ssd.draft_length == PAPER_LENGTH).all() and np.allclose(ssd.tolerance.astype(float), PAPER_TOLERANCE))
 
 
 def systems(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -132,7 +139,8 @@ def table3(rows: pd.DataFrame) -> pd.DataFrame:
     lines = [first | paper_line(PAPER_TABLE1.loc["autoregressive"])]
     for beta, ours in of_method(rows, "speculative").groupby("tolerance"):
         ours, _ = paired(ours, base)
-        paper = paper_line(PAPER_TABLE3.loc[beta] if beta in PAPER_TABLE3.index else None)
+        known = beta in PAPER_TABLE3.index and (ours.draft_length == PAPER_LENGTH).all()
+        paper = paper_line(PAPER_TABLE3.loc[beta] if known else None)
         lines.append({"beta": f"{beta:g}", **quality_line(ours), **speed_line(ours), **paper})
     return pd.DataFrame(lines).set_index("beta")
 
@@ -141,8 +149,8 @@ def figure3(rows: pd.DataFrame) -> pd.DataFrame:
     """SSD over L_d, a line each; the paper's number for L_d 3 is its Table 1's."""
     lines = []
     for length, ours in of_method(rows, "speculative").groupby("draft_length"):
-        known = length == PAPER_BEST_LENGTH and np.allclose(ours.tolerance.astype(float), 0.4)
-        paper = {"paper speed-up": paper_line(PAPER_TABLE1.loc["speculative"])["paper speed-up"]} if known else {}
+        paper = paper_line(PAPER_TABLE1.loc["speculative"]) if _as_the_paper(ours) else {}
+        paper = {name: value for name, value in paper.items() if name == "paper speed-up"}
         lines.append({"L_d": int(length), **speed_line(ours), **paper})
     return pd.DataFrame(lines).set_index("L_d")
 
@@ -210,10 +218,10 @@ def versus_table1(rows: pd.DataFrame) -> pd.DataFrame:
     shown = {"WER %": ("WER, points", 1), "NMOS": ("P808 (NMOS)", 2), "SS": ("SS", 2)}
     verdicts = quality(rows)
     for method, label in (("draft", verdicts.index[0]), ("speculative", verdicts.index[-1])):
-        name = NAMES[method]
+        name, known = NAMES[method], pd.notna(table.loc[NAMES[method]].get("paper WER %", np.nan))
         lines.append(_speedup(f"{name}: speed-up of the LM", table.loc[name]))
         for column, (measure, digits) in shown.items():
-            there = paper[column][method] - paper[column]["autoregressive"]
+            there = paper[column][method] - paper[column]["autoregressive"] if known else None
             lines.append(_delta(f"{name} - autoregressive: {measure}", there, verdicts.loc[label], measure, digits))
     return _versus(lines)
 
@@ -230,7 +238,7 @@ def versus_table3(rows: pd.DataFrame) -> pd.DataFrame:
 
 def versus_figure3(rows: pd.DataFrame) -> pd.DataFrame:
     table = figure3(rows)
-    best = ("L_d of the lowest LM-RTF", PAPER_BEST_LENGTH, float(table["speed-up"].idxmax()), None, None, 0)
+    best = ("L_d of the highest speed-up", PAPER_LENGTH, float(table["speed-up"].idxmax()), None, None, 0)
     return _versus([best, *(_speedup(f"L_d {length}: speed-up of the LM", line) for length, line in table.iterrows())])
 
 
@@ -281,7 +289,7 @@ def versus_listen(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _paper_speedup(tolerance: float, draft_length: float) -> float:
     """The paper's speed-up at a setting of its Table 3 (all at L_d 3); NaN elsewhere."""
-    known = draft_length == PAPER_BEST_LENGTH and tolerance in PAPER_TABLE3.index
+    known = draft_length == PAPER_LENGTH and tolerance in PAPER_TABLE3.index
     return paper_line(PAPER_TABLE3.loc[tolerance])["paper speed-up"] if known else np.nan
 
 

@@ -17,7 +17,7 @@ def row(method, i, lm, audio=4.0, **other):
         "seconds": {"text": 0.1, "prefill": 0.1, "draft": 0.0, "verify": lm - 0.1, "rest": 0.0, "codec": 0.4},
         "target_calls": 101, "drafted": 0, "accepted": 0, "acceptance_rate": None, "tokens_per_target_call": 1.0,
         "base_tokens": 100, "base_audio_seconds": 4.0, "base_lm_seconds": 2.0, "base_prefill_seconds": 0.0,
-        "base_synthesis_seconds": 2.5, "processes": 1, **other,
+        "base_synthesis_seconds": 2.5, "processes": 1, "front_end": "bundled", **other,
     }  # fmt: skip
 
 

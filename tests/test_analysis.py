@@ -213,6 +213,20 @@ def test_the_residue_is_named():
     )
 
 
+def test_a_round_cut_short_by_the_end_judges_no_further_position():
+    """Two tokens and an accepted end of speech out of [3 drafted]: nothing was rejected."""
+    rows = pd.DataFrame([ssd(0, [[3, 3], [3, 1]]), row("speculative", 1, 1.0, rounds=[[[0, 0], [3, 3]]], pieces=[3])])
+    assert theory.acceptance_by_position(rows, 3) == pytest.approx([1, 0.5, 1])
+
+
+def test_speakers_of_prompts_and_too_few_for_an_interval():
+    rows = geometric(0.5, 3, utterances=9)
+    rows["voice"], rows["front_end"] = [f"{i // 8}_{i}_x" for i in range(9)], "upstream"
+    by = curves.acceptance(rows, 0.4, 3).loc["voice"].set_index("value")
+    assert list(by.index) == ["0", "1"] and list(by.n) == [8, 1]
+    assert by.low["0"] < by.acceptance["0"] < by.high["0"] and np.isnan(by.low["1"])
+
+
 def test_acceptance_that_falls_with_the_position_is_seen():
     dice = np.random.default_rng(0)
     lines = []

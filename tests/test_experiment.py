@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,41 @@ def test_a_full_disk_keeps_the_rows_before(fake, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device; the rows before are kept"):
         run(fake, tmp_path, count=2)
     assert lines(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [2_000, 5_000, 12_000])
+def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path, size):
+    """The kernel takes a part of the row and refuses the rest, as on a full disk."""
+    import resource
+
+    path = tmp_path / "a.jsonl"
+    experiment.append_row(path, {"key": "1" * 3_000})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1_000, limits[1]))
+        with pytest.raises(InputError, match="the rows before are kept"):
+            experiment.append_row(path, {"key": "2" * size})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert path.read_bytes() == before
+
+
+def test_another_whisper_is_another_row(monkeypatch):
+    monkeypatch.delenv("SSD_REPRO_WHISPER", raising=False)
+    assert experiment.metrics.models()["whisper"] == "base"
+    monkeypatch.setenv("SSD_REPRO_WHISPER", "large-v3")
+    assert experiment.metrics.models()["whisper"] == "large-v3" == experiment.metrics.find_whisper()
+
+
+def test_provenance_tells_of_the_run_that_made_the_rows(fake, tmp_path, monkeypatch):
+    rows = run(fake, tmp_path, count=1)
+    first = experiment.write_provenance(tmp_path, "01_table1", fake, "quick", {"seed": 0}, rows.key)
+    monkeypatch.setattr(experiment, "git_state", lambda: {"commit": "later", "dirty": False})
+    assert experiment.write_provenance(tmp_path, "01_table1", fake, "quick", {"seed": 0}, rows.key) == first
+    other = experiment.write_provenance(tmp_path, "01_table1", fake, "quick", {"seed": 0}, rows.key[:2])
+    assert other["commit"] == "later"
 
 
 def test_a_full_disk_keeps_the_table_before(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -75,6 +76,33 @@ def test_report_leaves_what_has_not_run(fake, tmp_path, capsys):
     assert "lacks 1 rows of that run: run 01_table1 again" in capsys.readouterr().err
 
 
+def test_numbers_in_sentences(fake, tmp_path, capsys):
+    """Markers name one cell of a table below README's folder; report writes the number, and only the number."""
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    fill(fake, folder)
+    cell = "<!-- = results/tables/table3.csv; beta=0.4; n; .1f -->"
+    readme.write_text(f"n is {cell}7<!-- /= -->, <!-- = none.csv; n; .0f -->8<!-- /= -->.\n")
+    command = ["report", "--out", str(folder), "--readme", str(readme)]
+    assert cli.main(command) == 0
+    text = readme.read_text()
+    assert text == f"n is {cell}6.0<!-- /= -->, <!-- = none.csv; n; .0f -->8<!-- /= -->.\n"
+    readme.write_text(text.replace("beta=0.4", "beta=0.3"))
+    assert cli.main(command) == 2 and "does not name one number" in capsys.readouterr().err
+
+
+def test_readme_has_the_numbers_of_the_committed_tables():
+    text = (ROOT / "README.md").read_text()
+    assert report.CELL.sub(lambda found: report._cell(found, ROOT), text) == text
+
+
+def test_other_models_get_no_explanation_of_the_bundled_voice(fake, tmp_path):
+    rows = experiment.run(fake, GRIDS["01_table1"][1], experiment.utterances(8, fake.names), tmp_path, "table1")
+    about = experiment.write_provenance(tmp_path, "01_table1", fake, "quick", POINT, rows.key)
+    assert report.WHY["01_table1"] in report.show("table1_paper", rows, tmp_path, about).text
+    text = report.show("table1_paper", rows.assign(front_end="upstream"), tmp_path, about).text
+    assert report.WHY["01_table1"] not in text and report.WHY_OTHERS in text
+
+
 def test_report_of_nothing_is_one_sentence(tmp_path, capsys):
     assert cli.main(["report", "--out", str(tmp_path)]) == 2
     assert "holds no provenance.json" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
@@ -104,6 +132,39 @@ def test_sliders_decode_again_and_redraw_in_place(fake):
     shown.tolerance.value = 0.9
     assert len(fake.calls) == 3 and shown.player.value != longer
     assert not shown.tolerance.continuous_update  # one decode a slide, not one a pixel
+
+
+def test_processes_end_with_their_parent(fake_environment, tmp_path):
+    """kill -9 of the command: its processes go too, the lock is free, and the next run goes on."""
+    command = [sys.executable, "-m", "ssd_repro", "run", "--only", "03", "--processes", "2", "--out", "out",
+               "-p", "sentences", "40", "-p", "repeats", "1"]  # fmt: skip
+    rows = tmp_path / "out" / "rows"
+    going = subprocess.Popen(command, cwd=tmp_path, env=fake_environment, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size for path in rows.glob("*.rank1.jsonl")):
+        assert going.poll() is None
+        time.sleep(0.02)
+    going.kill()
+    going.wait()
+    for _ in range(100):
+        try:
+            with experiment.locked(tmp_path / "out" / ".run.lock"):
+                break
+        except InputError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("a process outlived the command")
+    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    keys = [row["key"] for row in experiment.read_rows(rows / "draft_length.jsonl")]
+    assert len(keys) == len(set(keys)) == 3 * 40
+
+
+def test_a_process_that_refuses_says_so_once(fake_environment, tmp_path):
+    command = [sys.executable, "-m", "ssd_repro", "run", "--only", "03", "--processes", "2", "--out", "out",
+               "-p", "draft_lengths", "[65]"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "draft_length" in done.stderr and not list((tmp_path / "out").glob("*.ipynb"))
 
 
 def test_several_processes_make_the_rows_of_one(fake_environment, tmp_path):

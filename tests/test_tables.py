@@ -14,11 +14,19 @@ def rows():
         for i in range(2):
             audio = [1.0, 4.0][i]
             drafted, accepted = ([10, 30][i], 10) if method == "speculative" else (0, 0)
+            setting = {"tolerance": 0.4, "draft_length": 3} if method == "speculative" else {}
             made.append(row(
                 method, i, lm[i], audio, word_errors=[1, 0][i], words=[2, 8][i], p808=3.0 + i, tokens=[25, 100][i],
-                drafted=drafted, accepted=accepted, base_tokens=[25, 100][i], base_audio_seconds=audio, voice="v",
+                drafted=drafted, accepted=accepted, base_tokens=[25, 100][i], base_audio_seconds=audio, voice="v", **setting,
             ))  # fmt: skip
     return pd.DataFrame(made)
+
+
+def test_the_papers_numbers_stand_beside_the_papers_setting_alone():
+    other = rows().assign(draft_length=6)
+    assert np.isnan(tables.table1(other).loc["SSD"]["paper speed-up"])
+    assert "paper speed-up" not in tables.table3(other).iloc[1:].dropna(axis=1)
+    assert list(tables.versus_table1(other).paper)[4:] == ["–"] * 4
 
 
 def test_table1_by_hand():
