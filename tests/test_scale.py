@@ -114,14 +114,15 @@ def test_nobody_merges_while_a_process_writes(fake, tmp_path, monkeypatch):
 
 
 def test_no_process_measures_while_another_is_timed(fake, tmp_path, monkeypatch):
-    """Blocks of decoding and of measuring, a barrier after each; a process without work still comes to all of them."""
+    """The warm-up, then blocks of decoding and of measuring, a barrier after each; a process without work still comes to all of them."""
     order = []
     decode, measure = fake.decode, experiment.metrics.measure
     monkeypatch.setattr(fake, "decode", lambda *a, **k: order.append("decode") or decode(*a, **k))
     monkeypatch.setattr(experiment.metrics, "measure", lambda *a: order.append("measure") or measure(*a))
     monkeypatch.setattr(experiment, "wait_for_all", lambda: order.append("wait"))
     block = ["decode", "wait", "measure", "wait"]
-    for rank, expected in ((0, [*block, *block]), (1, [*block, "wait", "wait"])):
+    warm = ["decode", "wait"]
+    for rank, expected in ((0, [*warm, *block, *block]), (1, [*warm, *block, "wait", "wait"])):
         as_rank(monkeypatch, rank, 2)
         order.clear()
         run(fake, tmp_path, count=2 * experiment.BLOCK + 1, repeats=1)
