@@ -81,7 +81,7 @@ def stages(table: pd.DataFrame, ax):
     for phase, colour in PHASES.items():
         ax.barh(table.index, table[phase], left=left, color=colour, label=PHASE_LABELS.get(phase, phase))
         for y, (seconds, whole) in enumerate(zip(table[phase], table["RTF"], strict=True)):
-            if seconds > 0.06 * whole:
+            if seconds > 0.05 * table["RTF"].max():
                 ax.annotate(f"{100 * seconds / whole:.0f} %", (left[y] + seconds / 2, y), ha="center", va="center")
         left += table[phase].to_numpy()
     for y, (_, line) in enumerate(table.iterrows()):
@@ -181,7 +181,7 @@ def acceptance(table: pd.DataFrame, axes):
         named = isinstance(part["value"].iloc[0], str)
         x = range(len(part)) if named else part["value"].astype(float)
         ax.vlines(x, part["low"], part["high"], color=PALETTE[0], linewidth=2)
-        ax.plot(x, part["acceptance"], "o" if named else "o-", color=PALETTE[0], markersize=6)
+        ax.plot(x, part["acceptance"], "o" if named else "o-", color=PALETTE[0], markersize=6, clip_on=False)
         if named:
             ax.set_xticks(x, [value.replace("_", "\n").replace(" of ", " of\n") for value in part["value"]], fontsize=8)
         elif (part["value"] % 1 == 0).all():
@@ -202,12 +202,21 @@ PREDICTIONS = {"formula": ("o", "one acceptance rate, verification = a target st
                "costs": ("D", "and the measured cost of verification")}  # fmt: skip
 
 
+def _apart(table: pd.DataFrame, column: str, least: float) -> pd.DataFrame:
+    """Of rows in the order of ``column`` those that lie ``least`` beyond the one kept before: room for a label."""
+    kept: list[int] = []
+    for i, value in enumerate(table[column]):
+        if not kept or value - table[column].iloc[kept[-1]] >= least:
+            kept.append(i)
+    return table.iloc[kept]
+
+
 def theory(table: pd.DataFrame, ax):
-    """``tables.measured_and_predicted`` -> measured over predicted speed-up; on the line theory is right."""
+    """``tables.measured_and_predicted`` -> measured over predicted speed-up; on the line theory is right. Points that lie close share a label."""
     for (name, (marker, label)), colour in zip(PREDICTIONS.items(), (PALETTE[7], PALETTE[1], PALETTE[0]), strict=True):
         ax.plot(table[name], table["measured"], marker, color=colour, label=label, alpha=0.9)
     ax.vlines(table["costs"], table["measured_low"], table["measured_high"], color=PALETTE[0], linewidth=1.5)
-    for beta, line in table.iterrows():
+    for beta, line in _apart(table.sort_values("costs"), "costs", 0.04).iterrows():
         ax.annotate(f"{beta:g}/{line.L_d:g}", (line.costs, line.measured), (5, -9), textcoords="offset points", fontsize=8)
     values = table[[*PREDICTIONS, "measured"]]
     ends = 0.95 * values.min().min(), 1.05 * values.max().max()

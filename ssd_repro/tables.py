@@ -12,7 +12,7 @@ import pandas as pd
 from . import compare, curves, theory
 from .compare import bootstrap, corpus_speedup, paired, ratio_of_sums
 from .errors import InputError
-from .experiment import rows_of_folder, to_frame, write_text
+from .experiment import rows_of_folder, source_tree, to_frame, write_text
 
 NAMES = {"autoregressive": "Autoregressive", "draft": "Draft", "speculative": "SSD"}
 # The paper's Table 1 (arXiv 2505.15380); its NMOS column is not named, ours is P808_MOS.
@@ -392,12 +392,22 @@ def rows_of_run(folder: Path, notebook: str) -> tuple[pd.DataFrame, dict]:
 def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:
     """One sentence under a table: hardware, command, commit."""
     commit = (about["commit"] or "unknown")[:10] + (" with local changes" if about["dirty"] else "")
-    several = f" in each of {rows.processes.max()} processes" if rows.processes.max() > 1 else ""
+    processes, threads = rows.processes.max(), f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+    command = f"ssd-repro run --profile {about['profile']}"
+    if processes > 1:
+        threads, command = f"{threads} in each of {processes} processes", f"{command} --processes {processes}"
     return (
-        f"{about['date'][:10]}, {about['chip']}, {about['threads']} threads{several}, torch {about['torch']}, "
-        f"commit {commit}, voice {about['weights']}: `ssd-repro run --profile {about['profile']}` -> "
-        f"`{Path(folder).as_posix()}`."
+        f"{about['date'][:10]}, {about['chip']}, {threads}, torch {about['torch']}, commit {commit}, voice "
+        f"{about['weights']}: `{command}` -> `{_below(folder)}`."
     )
+
+
+def _below(folder: Path) -> str:
+    """A results folder's name from the checkout or the working directory on, where it lies there."""
+    for root in (source_tree(), Path.cwd()):
+        if root and Path(folder).resolve().is_relative_to(root):
+            return Path(folder).resolve().relative_to(root).as_posix()
+    return Path(folder).as_posix()
 
 
 def put_between(text: str, name: str, inside: str) -> str:
