@@ -30,7 +30,7 @@ from .draft_data import Batch, Batches, Example, Target, collate, data_sha256, l
 from .errors import InputError
 from .experiment import append_row, drop_half_line, git_state, locked, read_rows, write_text
 from .sampling import check_number, probabilities
-from .speech_lm import PRECISIONS, SpeechLM, choose_device, make_draft
+from .speech_lm import PRECISIONS, SpeechLM, choose_device, make_draft, own_parameters
 from .training import learning_rate, write_checkpoint
 
 RECIPES = ("paper", "on-policy")
@@ -255,7 +255,7 @@ class _Run:
             return
         target.lm.to(accelerator.device).eval()
         self.draft = make_draft(target.lm)
-        self.trained = {name: p for name, p in self.draft.named_parameters() if p.requires_grad}
+        self.trained = own_parameters(self.draft)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), betas=(0.9, 0.98), weight_decay=settings.weight_decay
         )
