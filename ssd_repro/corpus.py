@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import random
+import tempfile
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -76,9 +78,10 @@ def find_teacher(model: str = "") -> Path:
     data = b"".join((Path(s.submodule_search_locations[0]) / "part.bin").read_bytes() for s in specs)
     if not joined.is_file() or joined.stat().st_size != len(data):
         joined.parent.mkdir(parents=True, exist_ok=True)
-        part = joined.with_name(joined.name + ".part")
-        part.write_bytes(data)
-        part.replace(joined)
+        handle, part = tempfile.mkstemp(dir=joined.parent)  # of this process alone: another may do the same
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+        os.replace(part, joined)
     return joined
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib import util
 from math import isnan, log2
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -164,6 +165,12 @@ def save_weights(path: Path, module: Codec | SpeechLM) -> None:
     part = path.with_name(path.name + ".part")
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
     part.replace(path)
+
+
+def write_provenance(folder: Path, name: str, made: Path, profile: str, parameters: dict) -> None:
+    """As ``experiment.write_provenance``, of a step that made the weights file ``made``, not yet a voice."""
+    part = SimpleNamespace(weights_id=checkpoints.sha256(made)[:12], device=torch.device("cpu"))
+    experiment.write_provenance(folder, name, part, profile, parameters)
 
 
 def load_target(path: Path, hidden: int, layers: int) -> SpeechLM:
