@@ -156,10 +156,11 @@ class Features:
 class Hint:
     """Whisper encoder states of 24 kHz audio, 50 a second; ``model``: a CTranslate2 folder or hub name."""
 
-    def __init__(self, model: str, threads: int = 1):
+    def __init__(self, model: str):
         from faster_whisper import WhisperModel
 
-        self.model = WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=threads)
+        # no cpu_threads: CTranslate2 would set torch's number of threads, too
+        self.model = WhisperModel(str(model), device="cpu", compute_type="int8")
 
     def __call__(self, audio: np.ndarray, tokens: int) -> np.ndarray:
         import librosa
