@@ -347,11 +347,11 @@ def voice_table(rows: pd.DataFrame) -> pd.DataFrame:
 # The candidates of the sampler sweep: CosyVoice's own first.
 SAMPLERS = {
     "RAS .8/25, tau .1": Sampler(),
-    "RAS .8/25, tau .3": Sampler(ras_tau=0.3),
-    "RAS .6/25, tau .3": Sampler(ras_tau=0.3, top_p=0.6),
     "RAS .8/25, tau .3, temperature .8": Sampler(ras_tau=0.3, temperature=0.8),
     "RAS .8/25, tau .3, temperature .6": Sampler(ras_tau=0.3, temperature=0.6),
-    "top-p .8, top-k 25": Sampler(ras=False),
+    "RAS .8/25, tau .3, temperature .4": Sampler(ras_tau=0.3, temperature=0.4),
+    "RAS .6/25, tau .3, temperature .8": Sampler(ras_tau=0.3, temperature=0.8, top_p=0.6),
+    "RAS .6/25, tau .3, temperature .6": Sampler(ras_tau=0.3, temperature=0.6, top_p=0.6),
     "greedy": Sampler(temperature=0.0, ras=False),
 }
 

@@ -159,8 +159,9 @@ class Hint:
     def __init__(self, model: str):
         from faster_whisper import WhisperModel
 
-        # no cpu_threads: CTranslate2 would set torch's number of threads, too
-        self.model = WhisperModel(str(model), device="cpu", compute_type="int8")
+        # CTranslate2 sets torch's number of threads, too: to what it is.
+        threads = torch.get_num_threads()
+        self.model = WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=threads)
 
     def __call__(self, audio: np.ndarray, tokens: int) -> np.ndarray:
         import librosa

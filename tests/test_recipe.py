@@ -1,13 +1,16 @@
 """The training notebooks, for real, at smoke size, on the bundled reference utterances."""
 
+import hashlib
 import json
 
+import pandas as pd
 import pytest
+import torch
 
 import ssd_repro
 from ssd_repro import cli, recipe
 from ssd_repro.errors import InputError
-from ssd_repro.training import Utterance
+from ssd_repro.training import Hint, Utterance
 
 
 def test_notebooks_11_to_13_make_a_voice_that_loads(tmp_path):
@@ -23,10 +26,37 @@ def test_notebooks_11_to_13_make_a_voice_that_loads(tmp_path):
     assert made.reference("bf_emma").std() > 0.01
     tokens = work / "tokens.jsonl"
     assert len(tokens.read_text().splitlines()) == 6
+    provenance = json.loads((out / "provenance.json").read_text())
+    files = {"11_codec": work / "codec.safetensors", "12_target": work / "target.safetensors"}
+    for name, file in files.items():
+        assert provenance[name]["weights"] == hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert provenance["13_draft"]["weights"] == made.weights_id
     for name in ("11_codec", "12_target", "13_draft"):
         cells = json.loads((out / f"{name}.ipynb").read_text())["cells"]
         assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
     assert (out / "figures" / "codec_losses.png").stat().st_size > 1000
+
+
+def test_notebook_15_measures_the_deployed_sampler_again_on_other_utterances(tmp_path):
+    code = cli.main(["run", "--profile", "smoke", "--only", "15", "--out", str(tmp_path), "-p", "sentences", "1"])
+    assert code == 0
+    first, again = (pd.read_csv(tmp_path / "tables" / f"{name}.csv") for name in ("samplers", "samplers_again"))
+    assert list(first.system) == list(recipe.SAMPLERS)
+    deployed = [name for name, sampler in recipe.SAMPLERS.items() if sampler == recipe.SAMPLER]
+    assert len(deployed) == 1 and again.system[0] == deployed[0] and 2 <= len(again) <= 3
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "samplers.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["key"] for row in rows}) == len(first) + len(again)
+    assert len({row["voice"] for row in rows}) == 2
+
+
+def test_the_hint_leaves_torch_its_threads():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Hint(recipe.find_hint())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("step", [lambda p: recipe.load_codec(p / "x"), lambda p: recipe.load_target(p / "x", 32, 4),
@@ -45,8 +75,6 @@ def test_code_statistics_count_what_is_there():
 
 
 def test_voice_table_counts_errors_over_words_not_over_utterances():
-    import pandas as pd
-
     rows = pd.DataFrame({
         "system": ["teacher", "teacher"], "word_errors": [1, 0], "words": [2, 8], "p808": [3.0, 4.0], "ovrl": [3.0, 3.0],
         "similarity": [0.9, 0.9], "own_voice": [True, True], "length_ratio": [1.0, 1.4], "stopped": [True, False],
