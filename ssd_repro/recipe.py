@@ -17,13 +17,14 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import checkpoints, corpus, experiment, metrics
+from . import checkpoints, corpus, experiment, metrics, tables
 from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
 from .errors import InputError
 from .sampling import Sampler
 from .speech_lm import SpeechLM
 from .text import VOICES, language, phone_ids
 from .training import (
+    CodecTrainer,
     Features,
     Hint,
     Schedule,
@@ -112,13 +113,14 @@ def codec_ablation(
     source: str | Path,
     schedule: Schedule,
     work: Path,
+    whole: tuple[CodecTrainer, list[dict]],
     whisper: str = "",
     log=print,
 ) -> pd.DataFrame:
     """The codec under each of ``ABLATION``, all for the same steps: re-synthesis of ``dev``, measured.
 
-    First line: the teacher's own audio. SS: GE2E cosine to that audio. The phone errors are of the
-    CTC head, where it was trained.
+    First line: the teacher's own audio; last: ``whole``, the trainer and log of the whole training.
+    SS: GE2E cosine to the teacher's audio. The phone errors are of the CTC head, where it was trained.
     """
     source, lines = _corpus_folder(source), {}
     rows = {row["id"]: row for row in corpus.read_metadata(source / "metadata.csv")}
@@ -133,6 +135,13 @@ def codec_ablation(
         wer = 100 * found.word_errors.sum() / found.words.sum()
         return {"WER %": wer, "P808": found.p808.mean(), "SS": found.similarity.mean()}
 
+    def resynthesis(trainer: CodecTrainer, losses: list[dict], heard: list[Features]) -> dict[str, float]:
+        codes = {f.id: codes_of(trainer.codec, f) for f in heard}
+        made = {f.id: trainer.codec.decode(codes[f.id], VOICES.index(f.voice)) for f in heard}
+        wrong = losses[-1]["dev_phone_error_rate"] if trainer.phone_weight else float("nan")
+        used = torch.cat(list(codes.values())).unique().numel()
+        return {"steps": losses[-1]["step"], **line(made), "phone errors %": 100 * wrong, "codes used": used}
+
     lines["teacher"] = line(audio)
     for number, (name, (weight, hinted)) in enumerate(ABLATION.items()):
         seen, heard = (
@@ -143,12 +152,8 @@ def codec_ablation(
             seen, heard, schedule, work / f"ablation_{number}.ckpt", log, phone_weight=weight
         )
         calibrate_codec(trainer.codec, seen, source, each=10)
-        codes = {f.id: codes_of(trainer.codec, f) for f in heard}
-        made = {f.id: trainer.codec.decode(codes[f.id], VOICES.index(f.voice)) for f in heard}
-        lines[name] = line(made) | {
-            "phone errors %": 100 * losses[-1]["dev_phone_error_rate"] if weight else float("nan"),
-            "codes used": torch.cat(list(codes.values())).unique().numel(),
-        }
+        lines[name] = resynthesis(trainer, losses, heard)
+    lines["the whole training"] = resynthesis(*whole, dev)
     return pd.DataFrame(lines).T.round(2)
 
 
@@ -370,3 +375,18 @@ def sampler_rows(
 
     settings = {name: vars(sampler) for name, sampler in samplers.items()}
     return _measured(voice, settings, render, said, folder / "rows" / "samplers.jsonl", whisper, progress)
+
+
+def sampler_table(voice, samplers, said, folder: Path, name: str, whisper="", progress=lambda it: it) -> pd.DataFrame:
+    """``sampler_rows`` as a table, a line a sampler, also written to ``folder``/tables/``name``.csv and .md."""
+    rows = sampler_rows(voice, samplers, said, folder, whisper, progress)
+    table = voice_table(pd.DataFrame(rows)).drop(columns="within 25 %")
+    table = table.rename(columns={"length / teacher": "tokens / text token"}).set_index("system")
+    write_table(folder, name, table)
+    return table.reset_index()
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """``table``, its index first, as ``folder``/tables/``name``.csv and .md."""
+    experiment.write_text(folder / "tables" / f"{name}.csv", table.to_csv())
+    experiment.write_text(folder / "tables" / f"{name}.md", tables.markdown(table))
