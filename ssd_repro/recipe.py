@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from . import checkpoints, corpus, experiment, metrics, tables
-from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
+from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, CodecConfig, analyse
 from .errors import InputError
 from .sampling import Sampler
 from .speech_lm import SpeechLM
@@ -27,6 +27,7 @@ from .training import (
     CodecTrainer,
     Features,
     Hint,
+    PhoneHead,
     Schedule,
     TargetTrainer,
     Utterance,
@@ -35,6 +36,7 @@ from .training import (
     featurise,
     train_codec,
 )
+from .voice import Voice, load
 
 # Chosen once, by notebook 15's sweep, before any speculative result was looked at.
 SAMPLER = Sampler(ras_tau=0.3, temperature=0.8)
@@ -166,7 +168,39 @@ def load_codec(path: Path) -> Codec:
     return codec.eval()
 
 
-def save_weights(path: Path, module: Codec | SpeechLM) -> None:
+def load_judge(path: Path) -> PhoneHead:
+    """The CTC phone head that notebook 11 trained with the codec."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run notebook 11 first")
+    judge = PhoneHead(CodecConfig().digits)
+    judge.load_state_dict(load_file(path))
+    return judge.eval()
+
+
+def earlier(begin: str) -> Voice:
+    """The voice folder ``begin``, "bundled" for the package's own, to go on from."""
+    return load(None if begin == "bundled" else begin, device="cpu")
+
+
+def shown(of: Voice) -> dict[str, list[Utterance]]:
+    """The prompts of a voice folder, one a voice."""
+    prompts = of.about["prompts"]
+    return {name: [Utterance(p["id"], name, p["phones"], [p["codes"]], [])] for name, p in prompts.items()}
+
+
+def kept_examples(of: Voice) -> tuple[Path, list[dict[str, str]], dict[str, dict]]:
+    """A voice folder's folder of references, and what ``choose_examples`` once chose for it."""
+    source = of.folder / "references"
+    return source, corpus.read_metadata(source / "metadata.csv"), of.about["prompts"]
+
+
+def dev_utterances() -> list[Utterance]:
+    """The development sentences, the voices in turn, as texts to be spoken: without speech tokens."""
+    said = experiment.utterances(len(experiment.evaluation_sentences("dev")), VOICES, part="dev")
+    return [Utterance(one.text_id, one.voice, phone_ids(one.text, language(one.voice)), [], []) for one in said]
+
+
+def save_weights(path: Path, module: Codec | SpeechLM | PhoneHead) -> None:
     part = path.with_name(path.name + ".part")
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
     part.replace(path)

@@ -316,14 +316,23 @@ def edit_distance(a: list, b: list) -> int:
 
 
 def train_codec(
-    train: list[Features], dev: list[Features], schedule: Schedule, checkpoint: Path, log=print, **settings
+    train: list[Features],
+    dev: list[Features],
+    schedule: Schedule,
+    checkpoint: Path,
+    log=print,
+    keep: Codec | None = None,
+    **settings,
 ) -> tuple[CodecTrainer, list[dict]]:
-    """Train codec and phone head together -> (trainer, log rows)."""
+    """Train codec and phone head together -> (trainer, log rows); ``keep``: a codec that stays as it is."""
     torch.manual_seed(schedule.seed)
     trainer = CodecTrainer(train, **settings)
+    if keep:
+        trainer.codec.load_state_dict(keep.state_dict())
+        trainer.codec.requires_grad_(False)
     rows = fit(
         trainer,
-        [{"params": list(trainer.parameters())}],
+        [{"params": [p for p in trainer.parameters() if p.requires_grad]}],
         trainer.loss,
         train,
         lambda f: len(f.world),
