@@ -308,7 +308,11 @@ def voice_rows(
         audio, stopped = _render(voice, system, spoken(one), states, one)
         return audio, stopped, len(audio) / len(spoken(one))
 
-    systems = {name: {"system": name} for name in ("teacher", "codec", "autoregressive")}
+    # A row stays as long as what spoke it does: a new target leaves the teacher's and the codec's.
+    spoke = {"teacher": {"weights": "Kokoro-82M v1.0 int8"},
+             "codec": {"weights": voice.about["sha256"]["codec.safetensors"][:12]},
+             "autoregressive": {"weights": voice.weights_id, **vars(voice.sampler)}}  # fmt: skip
+    systems = {name: {"system": name, **by} for name, by in spoke.items()}
     return _measured(voice, systems, render, said, folder / "rows" / "voice.jsonl", whisper, progress)
 
 
@@ -317,16 +321,17 @@ def _measured(
 ) -> list[dict]:
     """A row for each utterance and system, those in ``path`` not made again.
 
-    systems: name -> its settings, for the row's key; render(utterance, name) gives
+    systems: name -> its settings and whose ``weights`` speak, for the row's key; render(utterance, name) gives
     audio at 24 kHz, whether it ended by itself, and its length ratio.
     """
     with experiment.locked(path.with_suffix(".lock")):
         experiment.drop_half_line(path)
         rows = {row["key"]: row for row in experiment.read_rows(path)}
+        heard = {"whisper": whisper or "base", "references": experiment.key(voice.about["references"])}
         keys = []
         for one in progress(said):
             for name, own in systems.items():
-                settings = {**vars(one), **own, "weights": voice.weights_id, "whisper": whisper or "base"}
+                settings = {**vars(one), **own, **heard}
                 keys.append(key := experiment.key(settings))
                 if key in rows:
                     continue
@@ -407,7 +412,7 @@ def sampler_rows(
         result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=sampler)
         return voice.vocode(result.tokens, one.voice), result.stopped, len(result.tokens) / len(phones)
 
-    settings = {name: vars(sampler) for name, sampler in samplers.items()}
+    settings = {name: {**vars(sampler), "weights": voice.weights_id} for name, sampler in samplers.items()}
     return _measured(voice, settings, render, said, folder / "rows" / "samplers.jsonl", whisper, progress)
 
 

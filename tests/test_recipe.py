@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import ssd_repro
-from ssd_repro import cli, recipe
+from ssd_repro import cli, experiment, recipe
 from ssd_repro.errors import InputError
+from ssd_repro.sampling import Sampler
 from ssd_repro.training import Hint, Utterance
 
 
@@ -47,6 +50,34 @@ def test_notebook_15_measures_the_deployed_sampler_again_on_other_utterances(tmp
     rows = [json.loads(line) for line in (tmp_path / "rows" / "samplers.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["key"] for row in rows}) == len(first) + len(again)
     assert len({row["voice"] for row in rows}) == 2
+
+
+def test_a_new_target_leaves_the_rows_of_teacher_and_codec(tmp_path, monkeypatch):
+    made = []
+    said = [experiment.Utterance("t", "a text", "af_heart", 0)]
+    monkeypatch.setattr(recipe, "_render", lambda voice, system, *rest: made.append(system) or (np.ones(9), True))
+    monkeypatch.setattr(recipe, "_similarity", lambda audio, reference: 0.5)
+    monkeypatch.setattr(recipe, "Hint", lambda model: None)
+    monkeypatch.setattr(recipe.metrics, "measure", lambda *rest: {"word_errors": 0})
+    monkeypatch.setattr(recipe.corpus, "teach", lambda teacher, line: np.ones(9, np.int16))
+    voice = SimpleNamespace(
+        names=("af_heart",), weights_id="a", sampler=Sampler(), reference=lambda name: np.ones(9),
+        about={"sha256": {"codec.safetensors": "c" * 64}, "references": {"af_heart": "x.flac"}},
+    )  # fmt: skip
+
+    def again(**changed):
+        made.clear()
+        vars(voice).update(changed)
+        assert [row["system"] for row in recipe.voice_rows(voice, None, "", said, tmp_path)] == list(SYSTEMS)
+        return made
+
+    SYSTEMS = ("teacher", "codec", "autoregressive")
+    assert again() == list(SYSTEMS)
+    assert again() == []
+    assert again(weights_id="b") == ["autoregressive"]
+    assert again(sampler=Sampler(temperature=0.5)) == ["autoregressive"]
+    assert again(about=voice.about | {"sha256": {"codec.safetensors": "d" * 64}}) == ["codec"]
+    assert again(about=voice.about | {"references": {"af_heart": "y.flac"}}) == list(SYSTEMS)
 
 
 def test_the_hint_leaves_torch_its_threads():
