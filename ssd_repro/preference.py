@@ -211,6 +211,7 @@ def prefer(
     trainer = PreferenceTrainer(target, **settings)
     train, dev = trainer.with_reference(train), trainer.with_reference(dev)
     lm = target.lm
-    parts = [p for part in (lm.model.layers, lm.model.norm, lm.head) for p in part.parameters()]
+    lm.requires_grad_(False)
+    parts = [p.requires_grad_() for part in (lm.model.layers, lm.model.norm, lm.head) for p in part.parameters()]
     rows = fit(trainer, [{"params": parts}], trainer.loss, train, lambda p: len(p.worse), schedule, checkpoint, dev, log)
     return lm.eval(), rows

@@ -120,6 +120,7 @@ def test_preference_raises_the_better_over_the_worse_and_leaves_embeddings(tmp_p
         for i in range(8)
     ]
     kept = model.lm.speech_embedding.weight.clone(), model.lm.model.embed_tokens.weight.clone()
+    model.lm.requires_grad_(False)  # as a loaded voice's
     trainer = preference.PreferenceTrainer(model)
     first = trainer.loss(trainer.with_reference(pairs), random.Random(0))
     assert float(first["dpo"].detach()) == pytest.approx(math.log(2), abs=2e-3)
