@@ -43,14 +43,40 @@ def requests(
     """
     rng, found = random.Random(seed), []
     for u in rng.sample(utterances, min(count, len(utterances))):
-        others = [v for v in VOICES if v != u.voice and language(v) == language(u.voice)]
-        voice = rng.choice(others)
+        voice = rng.choice([v for v in VOICES if v != u.voice and language(v) == language(u.voice)])
         before = rng.choice(shown[voice]) if shown.get(voice) else None
-        whole = np.array(prompt(u.phones, voice, before.phones if before else ()), np.int32)
-        edge = len(whole) - len(u.phones) - 1
-        spoken = np.array(before.codes[0] if before else [], np.int32)
-        found.append(Example(f"{u.id}/{voice}", whole[edge:], spoken[:0], whole[:edge], spoken))
+        found.append(behind(before, f"{u.id}/{voice}", u.phones, voice))
     return found
+
+
+def behind(before: Utterance | None, name: str, phones: list[int], voice: str) -> Example:
+    """A text to be said by ``voice`` behind the prompt ``before``, or behind the voice's token."""
+    whole = np.array(prompt(phones, voice, before.phones if before else ()), np.int32)
+    edge = len(whole) - len(phones) - 1
+    spoken = np.array(before.codes[0] if before else [], np.int32)
+    return Example(name, whole[edge:], spoken[:0], whole[:edge], spoken)
+
+
+def rank_prompts(
+    target: Target, candidates: list[Utterance], texts: list[tuple[str, list[int]]], finalists: int, **around
+) -> list[tuple[Utterance, dict[str, float]]]:
+    """Prompts of one voice, the best first: ``slips`` of what the target says behind each, fewest phone errors.
+
+    texts: (name, phones). All candidates say every third text; the ``finalists`` best of them say the rest
+    too, and come before the others. around: as ``takes`` has it.
+    """
+
+    def said(candidate: Utterance, some: list) -> list[tuple[Example, int]]:
+        asked = [behind(candidate, f"{name}/{candidate.id}", phones, candidate.voice) for name, phones in some]
+        return takes(target, asked, 1, **around)
+
+    def best_first(found: list) -> list:
+        return sorted(found, key=lambda pair: slips(pair[1])["phone errors %"])
+
+    first = best_first([(candidate, said(candidate, texts[::3])) for candidate in candidates])
+    rest = [one for i, one in enumerate(texts) if i % 3]
+    final = best_first([(candidate, heard + said(candidate, rest)) for candidate, heard in first[:finalists]])
+    return [(candidate, slips(heard)) for candidate, heard in final + first[finalists:]]
 
 
 @torch.inference_mode()
@@ -205,13 +231,27 @@ class PreferenceTrainer(nn.Module):
 
 
 def prefer(
-    target: Target, train: list[Pair], dev: list[Pair], schedule: Schedule, checkpoint: Path, log=print, **settings
+    target: Target,
+    train: list[Pair],
+    dev: list[Pair],
+    schedule: Schedule,
+    checkpoint: Path,
+    strength: float = 1.0,
+    log=print,
+    **settings,
 ) -> tuple[SpeechLM, list[dict]]:
-    """Train ``target``'s layers, norm and head on pairs, in place -> (its SpeechLM, log rows)."""
-    trainer = PreferenceTrainer(target, **settings)
+    """Train ``target``'s layers, norm and head on pairs, in place -> (its SpeechLM, log rows).
+
+    strength: how far the weights go from where they began to where training ends; between the two
+    lies more than at either end (Wortsman et al. 2022).
+    """
+    trainer, lm = PreferenceTrainer(target, **settings), target.lm
     train, dev = trainer.with_reference(train), trainer.with_reference(dev)
-    lm = target.lm
     lm.requires_grad_(False)
     parts = [p.requires_grad_() for part in (lm.model.layers, lm.model.norm, lm.head) for p in part.parameters()]
+    begun = [p.detach().clone() for p in parts]
     rows = fit(trainer, [{"params": parts}], trainer.loss, train, lambda p: len(p.worse), schedule, checkpoint, dev, log)
+    with torch.no_grad():
+        for now, was in zip(parts, begun, strict=True):
+            now.copy_(was + strength * (now - was))
     return lm.eval(), rows

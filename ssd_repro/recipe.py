@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import statistics
 from collections import Counter
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import checkpoints, corpus, experiment, metrics, tables
+from . import checkpoints, corpus, draft_data, experiment, metrics, preference, tables
 from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, CodecConfig, analyse
 from .errors import InputError
 from .sampling import Sampler
@@ -261,6 +262,35 @@ def choose_examples(source: str | Path, utterances: list[Utterance]) -> tuple[li
             u = tokens[typical(source, short)["id"]]
             prompts[voice] = {"id": u.id, "phones": u.phones, "codes": u.codes[0]}
     return references, prompts
+
+
+def best_prompts(
+    target: draft_data.Target,
+    utterances: list[Utterance],
+    prompts: dict[str, dict],
+    candidates: int,
+    progress=lambda it: it,
+    **around,
+) -> tuple[dict[str, dict], pd.DataFrame]:
+    """Of each voice the best of its prompt and of others of 2 to 4 s, ``candidates`` in all -> prompts, table.
+
+    By what ``target`` says behind them of the development sentences (``preference.rank_prompts``, whose
+    ``around`` goes on to ``preference.takes``). A choice on the same sentences as the sampler's.
+    """
+    rng, best, lines = random.Random(around["seed"]), {}, []
+    sentences = experiment.evaluation_sentences("dev")
+    for voice in progress(VOICES):
+        texts = [(name, phone_ids(text, language(voice))) for name, text in sentences]
+        now = prompts[voice]
+        others = [u for u in utterances if u.voice == voice and 2 <= len(u.codes[0]) / TOKEN_RATE <= 4]
+        rng.shuffle(others)
+        tried = [Utterance(now["id"], voice, now["phones"], [now["codes"]], [])]
+        tried += [u for u in others if u.id != now["id"]][: candidates - 1]
+        ranked = preference.rank_prompts(target, tried, texts, 3, **around)
+        u = ranked[0][0]
+        best[voice] = {"id": u.id, "phones": u.phones, "codes": u.codes[0]}
+        lines += [{"prompt": u.id, "was": u.id == now["id"], **facts} for u, facts in ranked]
+    return best, pd.DataFrame(lines).set_index("prompt").round(2)
 
 
 def write_voice(

@@ -125,7 +125,7 @@ def test_preference_raises_the_better_over_the_worse_and_leaves_embeddings(tmp_p
     first = trainer.loss(trainer.with_reference(pairs), random.Random(0))
     assert float(first["dpo"].detach()) == pytest.approx(math.log(2), abs=2e-3)
     schedule = Schedule(60, batch=4, learning_rate=3e-3, warmup=3, save_every=30)
-    lm, rows = preference.prefer(model, pairs, pairs, schedule, tmp_path / "c", lambda _: None)
+    lm, rows = preference.prefer(model, pairs, pairs, schedule, tmp_path / "c", log=lambda _: None)
     assert rows[-1]["dev_right"] == 1 and rows[-1]["dev_dpo"] < 0.3 and rows[-1]["dev_ce"] < float(first["ce"].detach())
     assert torch.equal(lm.speech_embedding.weight, kept[0]) and torch.equal(lm.model.embed_tokens.weight, kept[1])
 
@@ -160,3 +160,40 @@ def test_takes_are_kept_and_none_is_made_twice(tmp_path, monkeypatch):
     assert len(calls) == 4  # another seed: all anew
     facts = preference.slips([(example("a", [10] * 8, [1]), 1), (example("b", [10] * 8, [1]), 3)])
     assert facts["phone errors %"] == 25 and facts["more than a quarter wrong %"] == 50
+
+
+def test_strength_goes_a_part_of_the_way(tmp_path):
+    """Half the way is in the middle of none and all, whether the run was resumed or not."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        preference.Pair(*(example(str(i), rng.integers(10, 60, 5), rng.integers(0, CODES, 9)) for _ in "bw"), (0, 5))
+        for i in range(4)
+    ]
+    schedule = Schedule(4, batch=2, learning_rate=1e-2, warmup=1, save_every=2)
+    ends = []
+    for strength, name in ((0.0, "a"), (1.0, "a"), (0.5, "a"), (0.5, "b")):
+        lm, _ = preference.prefer(target(), pairs, pairs, schedule, tmp_path / name, strength, lambda _: None)
+        ends.append(lm.model.layers[0].mlp.up_proj.weight.detach())
+    none, whole, half, anew = ends
+    assert torch.equal(none, target().lm.model.layers[0].mlp.up_proj.weight) and (whole - none).abs().max() > 1e-3
+    torch.testing.assert_close(half, (none + whole) / 2)
+    torch.testing.assert_close(half, anew)
+
+
+def test_prompts_are_ranked_by_phone_errors_and_the_best_say_every_text(tmp_path, monkeypatch):
+    prompts = [Utterance(str(i), "af_heart", [20 + i], [[i]], []) for i in range(4)]
+    texts = [(f"t{i}", [30, 31, 32, 33]) for i in range(6)]
+    asked_of = []
+
+    def takes(model, asked, count, **around):
+        asked_of.extend(one.id for one in asked)
+        assert around == {"seed": 5} and count == 1 and all(one.prompt_speech.tolist() for one in asked)
+        # prompt 2 looks best on every third text and is not; 1 is
+        bad = {"0": 3, "1": 1, "2": 0, "3": 4}
+        return [(one, 4 if one.id[3:] == "2" and one.id[1] not in "03" else bad[one.id[3:]]) for one in asked]
+
+    monkeypatch.setattr(preference, "takes", takes)
+    ranked = preference.rank_prompts(None, prompts, texts, 2, seed=5)
+    assert [u.id for u, _ in ranked] == ["1", "2", "0", "3"]
+    assert [facts["utterances"] for _, facts in ranked] == [6, 6, 2, 2]
+    assert len(asked_of) == len(set(asked_of)) == 6 + 6 + 2 + 2
