@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import checkpoints, corpus, draft_data, experiment, metrics, preference, tables
+from . import checkpoints, corpus, draft_data, experiment, metrics, prompting, tables
 from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, CodecConfig, analyse
 from .errors import InputError
 from .sampling import Sampler
@@ -183,22 +183,10 @@ def earlier(begin: str) -> Voice:
     return load(None if begin == "bundled" else begin, device="cpu")
 
 
-def shown(of: Voice) -> dict[str, list[Utterance]]:
-    """The prompts of a voice folder, one a voice."""
-    prompts = of.about["prompts"]
-    return {name: [Utterance(p["id"], name, p["phones"], [p["codes"]], [])] for name, p in prompts.items()}
-
-
 def kept_examples(of: Voice) -> tuple[Path, list[dict[str, str]], dict[str, dict]]:
     """A voice folder's folder of references, and what ``choose_examples`` once chose for it."""
     source = of.folder / "references"
     return source, corpus.read_metadata(source / "metadata.csv"), of.about["prompts"]
-
-
-def dev_utterances() -> list[Utterance]:
-    """The development sentences, the voices in turn, as texts to be spoken: without speech tokens."""
-    said = experiment.utterances(len(experiment.evaluation_sentences("dev")), VOICES, part="dev")
-    return [Utterance(one.text_id, one.voice, phone_ids(one.text, language(one.voice)), [], []) for one in said]
 
 
 def save_weights(path: Path, module: Codec | SpeechLM | PhoneHead) -> None:
@@ -274,8 +262,8 @@ def best_prompts(
 ) -> tuple[dict[str, dict], pd.DataFrame]:
     """Of each voice the best of its prompt and of others of 2 to 4 s, ``candidates`` in all -> prompts, table.
 
-    By what ``target`` says behind them of the development sentences (``preference.rank_prompts``, whose
-    ``around`` goes on to ``preference.takes``). A choice on the same sentences as the sampler's.
+    By what ``target`` says behind them of the development sentences (``prompting.rank_prompts``, whose
+    ``around`` goes on to ``prompting.takes``). A choice on the same sentences as the sampler's.
     """
     rng, best, lines = random.Random(around["seed"]), {}, []
     sentences = experiment.evaluation_sentences("dev")
@@ -286,7 +274,7 @@ def best_prompts(
         rng.shuffle(others)
         tried = [Utterance(now["id"], voice, now["phones"], [now["codes"]], [])]
         tried += [u for u in others if u.id != now["id"]][: candidates - 1]
-        ranked = preference.rank_prompts(target, tried, texts, 3, **around)
+        ranked = prompting.rank_prompts(target, tried, texts, 3, **around)
         u = ranked[0][0]
         best[voice] = {"id": u.id, "phones": u.phones, "codes": u.codes[0]}
         lines += [{"prompt": u.id, "was": u.id == now["id"], **facts} for u, facts in ranked]
