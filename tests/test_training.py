@@ -209,6 +209,20 @@ def test_codec_trains_and_tokenises_on_every_grid(tmp_path):
     assert all(0 <= phone < len(SYMBOLS) for phone, _ in made.aligned[0])
 
 
+def test_a_kept_codec_stays_as_it_is_and_its_phone_head_learns(tmp_path):
+    torch.manual_seed(1)
+    items, kept = features(), Codec(SMALL)
+    kept.mean.fill_(0.25)
+    before = {name: value.clone() for name, value in kept.state_dict().items()}
+    schedule = Schedule(60, batch=4, warmup=5, learning_rate=1e-2, weight_decay=0.1)
+    trainer, rows = training.train_codec(
+        items, items, schedule, tmp_path / "k", log=lambda _: None, keep=kept, config=SMALL
+    )
+    assert all(torch.equal(value, before[name]) for name, value in trainer.codec.state_dict().items())
+    assert rows[-1]["ctc"] < rows[0]["ctc"]
+    assert training.codes_of(trainer.codec, items[0]).tolist() == training.codes_of(kept.eval(), items[0]).tolist()
+
+
 def test_edit_distance():
     assert training.edit_distance(list("kitten"), list("sitting")) == 3
     assert training.edit_distance([], [1, 2]) == 2
