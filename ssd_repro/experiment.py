@@ -39,7 +39,7 @@ from .errors import InputError
 
 # Modules that no row depends on; a change in any other makes a new code revision.
 NOT_IN_ROWS = {"__main__", "cli", "compare", "curves", "figures", "report", "tables", "theory", "interactive",
-               "training", "recipe", "prompting", "corpus", "draft_data", "draft_training", "cosyvoice"}  # fmt: skip
+               "training", "recipe", "corpus", "draft_data", "draft_training", "cosyvoice"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
             "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
 WARM_UP = "This short sentence warms the machine up."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import statistics
 from collections import Counter
@@ -18,8 +17,8 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import checkpoints, corpus, draft_data, experiment, metrics, prompting, tables
-from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, CodecConfig, analyse
+from . import checkpoints, corpus, experiment, metrics, tables
+from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
 from .errors import InputError
 from .sampling import Sampler
 from .speech_lm import SpeechLM
@@ -28,7 +27,6 @@ from .training import (
     CodecTrainer,
     Features,
     Hint,
-    PhoneHead,
     Schedule,
     TargetTrainer,
     Utterance,
@@ -169,15 +167,6 @@ def load_codec(path: Path) -> Codec:
     return codec.eval()
 
 
-def load_judge(path: Path) -> PhoneHead:
-    """The CTC phone head that notebook 11 trained with the codec."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: run notebook 11 first")
-    judge = PhoneHead(CodecConfig().digits)
-    judge.load_state_dict(load_file(path))
-    return judge.eval()
-
-
 def earlier(begin: str) -> Voice:
     """The voice folder ``begin``, "bundled" for the package's own, to go on from."""
     return load(None if begin == "bundled" else begin, device="cpu")
@@ -189,7 +178,7 @@ def kept_examples(of: Voice) -> tuple[Path, list[dict[str, str]], dict[str, dict
     return source, corpus.read_metadata(source / "metadata.csv"), of.about["prompts"]
 
 
-def save_weights(path: Path, module: Codec | SpeechLM | PhoneHead) -> None:
+def save_weights(path: Path, module: Codec | SpeechLM) -> None:
     part = path.with_name(path.name + ".part")
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
     part.replace(path)
@@ -250,35 +239,6 @@ def choose_examples(source: str | Path, utterances: list[Utterance]) -> tuple[li
             u = tokens[typical(source, short)["id"]]
             prompts[voice] = {"id": u.id, "phones": u.phones, "codes": u.codes[0]}
     return references, prompts
-
-
-def best_prompts(
-    target: draft_data.Target,
-    utterances: list[Utterance],
-    prompts: dict[str, dict],
-    candidates: int,
-    progress=lambda it: it,
-    **around,
-) -> tuple[dict[str, dict], pd.DataFrame]:
-    """Of each voice the best of its prompt and of others of 2 to 4 s, ``candidates`` in all -> prompts, table.
-
-    By what ``target`` says behind them of the development sentences (``prompting.rank_prompts``, whose
-    ``around`` goes on to ``prompting.takes``). A choice on the same sentences as the sampler's.
-    """
-    rng, best, lines = random.Random(around["seed"]), {}, []
-    sentences = experiment.evaluation_sentences("dev")
-    for voice in progress(VOICES):
-        texts = [(name, phone_ids(text, language(voice))) for name, text in sentences]
-        now = prompts[voice]
-        others = [u for u in utterances if u.voice == voice and 2 <= len(u.codes[0]) / TOKEN_RATE <= 4]
-        rng.shuffle(others)
-        tried = [Utterance(now["id"], voice, now["phones"], [now["codes"]], [])]
-        tried += [u for u in others if u.id != now["id"]][: candidates - 1]
-        ranked = prompting.rank_prompts(target, tried, texts, 3, **around)
-        u = ranked[0][0]
-        best[voice] = {"id": u.id, "phones": u.phones, "codes": u.codes[0]}
-        lines += [{"prompt": u.id, "was": u.id == now["id"], **facts} for u, facts in ranked]
-    return best, pd.DataFrame(lines).set_index("prompt").round(2)
 
 
 def write_voice(

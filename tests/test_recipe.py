@@ -13,7 +13,6 @@ import ssd_repro
 from ssd_repro import cli, experiment, recipe
 from ssd_repro.errors import InputError
 from ssd_repro.sampling import Sampler
-from ssd_repro.text import VOICES
 from ssd_repro.training import Hint, Utterance
 
 
@@ -118,24 +117,3 @@ def test_voice_table_counts_errors_over_words_not_over_utterances():
         and line["within 25 %"] == 0.5
         and line["ended by itself"] == 0.5
     )
-
-
-def test_each_voice_gets_its_best_prompt_of_its_own_and_of_others(tmp_path, monkeypatch):
-    spoken = [Utterance(f"{v}_{n}", v, [5, 6], [[n] * n], []) for v in VOICES for n in (40, 50, 60, 70, 120)]
-    prompts = {v: {"id": "own", "phones": [9], "codes": [1, 2]} for v in VOICES}
-    tried = {}
-
-    def rank(target, candidates, texts, finalists, **around):
-        tried[candidates[0].voice] = [u.id for u in candidates]
-        assert len(texts) == 48 and around["seed"] == 1
-        return [(u, {"phone errors %": 1.0}) for u in reversed(candidates)]
-
-    monkeypatch.setattr(recipe.prompting, "rank_prompts", rank)
-    best, table = recipe.best_prompts(None, spoken, prompts, 3, seed=1)
-    for voice, ids in tried.items():
-        assert ids[0] == "own" and len(ids) == 3
-        assert set(ids[1:]) < {f"{voice}_{n}" for n in (50, 60, 70)}  # of 2 to 4 s
-        assert best[voice] == {"id": ids[-1], "phones": [5, 6], "codes": [int(ids[-1][-2:])] * int(ids[-1][-2:])}
-    assert len(table) == 18 and table.was.sum() == 6
-    recipe.best_prompts(None, spoken, prompts, 1, seed=1)
-    assert all(ids == ["own"] for ids in tried.values())
