@@ -178,6 +178,19 @@ def kept_examples(of: Voice) -> tuple[Path, list[dict[str, str]], dict[str, dict
     return source, corpus.read_metadata(source / "metadata.csv"), of.about["prompts"]
 
 
+def tokens_file(tokens: str, work: Path) -> Path:
+    """Where ``training.Utterance`` rows are: the file ``tokens``, "bundled" for the package's own, or notebook 11's.
+
+    The package's are 1,483 items of data/corpus.csv in the bundled codec's speech tokens: target and draft can be
+    trained without a teacher.
+    """
+    bundled = Path(__file__).parent / "data" / "tokens.jsonl.gz"
+    path = {"": work / "tokens.jsonl", "bundled": bundled}.get(tokens) or Path(tokens)
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run notebook 11 first, or set tokens to \"bundled\"")
+    return path
+
+
 def save_weights(path: Path, module: Codec | SpeechLM) -> None:
     part = path.with_name(path.name + ".part")
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)

@@ -6,6 +6,7 @@ Each step resumes from its own checkpoint; what a step samples depends on
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -701,8 +702,9 @@ def mean_terms(loss: Callable, items: list, batch: int) -> dict[str, float]:
 
 
 def read_utterances(path: Path) -> list[Utterance]:
-    """Tokenised corpus, one JSON object a line."""
-    return [Utterance(**json.loads(line)) for line in Path(path).read_text("utf-8").splitlines()]
+    """Tokenised corpus, one JSON object a line; a ``.gz`` is unpacked."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        return [Utterance(**json.loads(line)) for line in lines]
 
 
 def write_utterances(path: Path, utterances: Iterable[Utterance]) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import ssd_repro
-from ssd_repro import cli, experiment, recipe
+from ssd_repro import cli, corpus, draft_data, experiment, recipe
 from ssd_repro.errors import InputError
 from ssd_repro.sampling import Sampler
-from ssd_repro.training import Hint, Utterance
+from ssd_repro.text import language, phone_ids
+from ssd_repro.training import Hint, Utterance, read_utterances
 
 
 def test_notebooks_11_to_13_make_a_voice_that_loads(tmp_path):
@@ -117,3 +118,22 @@ def test_voice_table_counts_errors_over_words_not_over_utterances():
         and line["within 25 %"] == 0.5
         and line["ended by itself"] == 0.5
     )
+
+
+def test_the_bundled_tokens_are_of_the_manifest_and_what_a_draft_can_learn_from(tmp_path):
+    path = recipe.tokens_file("bundled", tmp_path)
+    utterances, manifest = read_utterances(path), {row["id"]: row for row in corpus.manifest()}
+    assert len(utterances) == 1483 == len({u.id for u in utterances})
+    for u in utterances:
+        row = manifest[u.id]
+        assert u.voice == row["voice"] and len(u.codes[0]) == int(row["samples"]) // 960 and len(u.codes) == 4
+        assert max(max(codes) for codes in u.codes) < 6561
+        assert [len(codes) for codes in u.codes] == [len(pairs) for pairs in u.aligned]
+    for u in utterances[::100]:
+        assert u.phones == phone_ids(manifest[u.id]["text"], language(u.voice))
+    voice = ssd_repro.load(device="cpu")
+    described = draft_data.voice_target(voice.target, 6561, voice.sampler, (1.2, 2.6), voice.about["prompts"])
+    groups = draft_data.read_data(path, described)
+    assert len(groups) == 1483 and groups[0][0].speech.tolist() == utterances[0].codes[0]
+    with pytest.raises(InputError, match="run notebook 11 first"):
+        recipe.tokens_file("", tmp_path)
