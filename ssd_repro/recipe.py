@@ -172,6 +172,11 @@ def earlier(begin: str) -> Voice:
     return load(None if begin == "bundled" else begin, device="cpu")
 
 
+def begun(begin: str) -> Path | SpeechLM | None:
+    """What notebook 12 goes on from: a checkpoint of its own, or the target of a voice folder."""
+    return Path(begin) if Path(begin).is_file() else earlier(begin).target if begin else None
+
+
 def kept_examples(of: Voice) -> tuple[Path, list[dict[str, str]], dict[str, dict]]:
     """A voice folder's folder of references, and what ``choose_examples`` once chose for it."""
     source = of.folder / "references"

@@ -537,6 +537,18 @@ class TargetTrainer(nn.Module):
             lm.head.bias.copy_(self.bias)
         return lm.eval()
 
+    @torch.no_grad()
+    def unfold(self, lm: SpeechLM) -> None:
+        """Begin with the weights of ``lm``, which ``folded`` once made: the phone heads alone stay random.
+
+        What codes share in the digits is found by least squares, the rest is their own.
+        """
+        self.model.load_state_dict(lm.model.state_dict())
+        self.bias.copy_(lm.head.bias)
+        for factored, matrix in ((self.embedding, lm.speech_embedding.weight), (self.head, lm.head.weight)):
+            factored.common.copy_(torch.linalg.lstsq(factored.basis, matrix, driver="gelsd").solution)
+            factored.own.copy_(matrix - factored.basis @ factored.common)
+
     def loss(self, batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
         """Cross-entropy of the speech tokens and the stop token, with the phone heads' beside it.
 
@@ -660,13 +672,18 @@ def train_target(
     schedule: Schedule,
     checkpoint: Path,
     log=print,
-    begin: Path | None = None,
+    begin: Path | SpeechLM | None = None,
     **settings,
 ) -> tuple[SpeechLM, list[dict]]:
-    """Train the target -> (SpeechLM, log rows); ``begin``: another run's checkpoint, for its weights alone."""
+    """Train the target -> (SpeechLM, log rows).
+
+    begin: another run's checkpoint, for its weights alone, or a target of the same sizes.
+    """
     torch.manual_seed(schedule.seed)
     trainer = TargetTrainer(codec, **settings)
-    if begin and not checkpoint.exists():
+    if isinstance(begin, SpeechLM):
+        trainer.unfold(begin)
+    elif begin and not checkpoint.exists():
         trainer.load_state_dict(torch.load(begin, weights_only=True)["model"])
     own = [trainer.embedding.own, trainer.head.own]
     rest = [p for p in trainer.parameters() if all(p is not q for q in own)]

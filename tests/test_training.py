@@ -109,6 +109,26 @@ def test_target_learns_and_folding_keeps_its_logits(tmp_path):
     )  # bf16
 
 
+def test_a_target_can_be_unfolded_to_go_on_from_and_loses_nothing(tmp_path):
+    torch.manual_seed(0)
+    first = training.TargetTrainer(Codec(SMALL), **SIZES)
+    with torch.no_grad():
+        for factored in (first.embedding, first.head):
+            factored.own.normal_(std=0.01)  # as training leaves it
+        first.bias.normal_()
+    plain, again = first.folded(), training.TargetTrainer(Codec(SMALL), **SIZES)
+    again.unfold(plain)
+    for name, value in again.folded().state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], atol=1e-5, rtol=1e-4)
+    for new, old in ((again.embedding, first.embedding), (again.head, first.head)):
+        assert new.own.std() < 1.1 * old.own.std()  # what codes share is shared, not their own
+    schedule = Schedule(1, batch=2, warmup=1, learning_rate=1e-9)
+    made, _ = training.train_target(
+        Codec(SMALL), utterances(4), utterances(2, 1), schedule, tmp_path / "c", lambda _: None, begin=plain, **SIZES
+    )
+    torch.testing.assert_close(made.head.weight, plain.head.weight, atol=1e-4, rtol=1e-3)
+
+
 def test_layout_is_prompt_then_tokens_then_stop():
     one = utterances(1)
     rows = training.layout(one, random.Random(0), Codec(SMALL), 0.0)
