@@ -681,10 +681,11 @@ def train_target(
     """
     torch.manual_seed(schedule.seed)
     trainer = TargetTrainer(codec, **settings)
-    if isinstance(begin, SpeechLM):
-        trainer.unfold(begin)
-    elif begin and not checkpoint.exists():
-        trainer.load_state_dict(torch.load(begin, weights_only=True)["model"])
+    if begin and not checkpoint.exists():
+        if isinstance(begin, SpeechLM):
+            trainer.unfold(begin)
+        else:
+            trainer.load_state_dict(torch.load(begin, weights_only=True)["model"])
     own = [trainer.embedding.own, trainer.head.own]
     rest = [p for p in trainer.parameters() if all(p is not q for q in own)]
     groups = [{"params": rest}, {"params": own, "scale": 0.3}]
