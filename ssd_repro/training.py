@@ -11,6 +11,7 @@ import json
 import math
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -37,7 +38,7 @@ from .codec import (
     stack,
 )
 from .speech_lm import SpeechLM, draft_layers, small_qwen2
-from .text import SYMBOLS, TEXT_VOCABULARY, VOICES, language, phone_ids, plain_phones, prompt
+from .text import PUNCTUATION, SYMBOLS, TEXT_VOCABULARY, VOICES, language, phone_ids, plain_phones, prompt
 
 STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
 
@@ -387,13 +388,17 @@ def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]]) -> None:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One tokenised utterance. ``codes``: one list a grid shift; ``aligned``: [this phone, next phone] at each token."""
+    """One tokenised utterance. ``codes``: one list a grid shift; ``aligned``: [this phone, next phone] at each token.
+
+    ``cuts``: of a spliced one, the tokens that follow a cut; they are no labels.
+    """
 
     id: str
     voice: str
     phones: list[int]
     codes: list[list[int]]
     aligned: list[list[list[int]]]
+    cuts: tuple[int, ...] = ()
 
 
 def align(log_probs: Tensor, labels: list[int], blank: int) -> list[int]:
@@ -451,6 +456,72 @@ def tokenise(trainer: CodecTrainer, f: Features, shifts: int = 4) -> Utterance |
     return Utterance(f.id, f.voice, f.phones, codes, aligned)
 
 
+# -------------------------------------------------------------------- splices
+
+
+@dataclass(frozen=True)
+class Words:
+    """Where the words of an utterance begin, and where its speech stands in the text.
+
+    ``text``: each word's place in the phones; ``plain``: its first phone without stress and
+    punctuation; ``place``: for each grid shift and token the (plain) phone that is being spoken.
+    """
+
+    text: list[int]
+    plain: list[int]
+    place: list[list[int]]
+
+
+def words(u: Utterance) -> Words:
+    labels, space = plain_phones(u.phones), PUNCTUATION.index(" ")
+    before = [len(plain_phones(u.phones[:p])) for p in range(len(u.phones) + 1)]
+    starts = [p for p in range(len(u.phones)) if p == 0 or u.phones[p - 1] == space]
+    ends = [*starts[1:], len(u.phones)]
+    starts = [p for p, end in zip(starts, ends) if before[p] < before[end]]  # marks alone are no word
+    pairs = list(zip(labels, [*labels[1:], -1]))
+
+    def follow(aligned: list[list[int]]) -> list[int]:
+        at, found = 0, []
+        for now in aligned:  # the path is monotone: stay if possible, else the nearest
+            at = pairs.index(tuple(now), at)
+            found.append(at)
+        return found
+
+    return Words(starts, [before[p] for p in starts], [follow(a) for a in u.aligned])
+
+
+def splice(u: Utterance, other: Utterance, known: dict[str, Words], rng: random.Random) -> Utterance:
+    """``u`` cut between two words: it goes on up to six words earlier or later, at times after a few of ``other``'s.
+
+    A sentence that says a phrase twice or leaves one out: who follows the text by the last few
+    phones alone gets lost in it, as a small target does where a text repeats itself.
+    """
+    count, shift = len(known[u.id].text), rng.randrange(len(u.codes))
+    if count < 3:
+        return u
+    cut = rng.randrange(1, count)
+    goes_on = rng.choice([k for k in range(max(1, cut - 6), min(count, cut + 7)) if k != cut])
+    parts = [(u, shift, 0, cut), (u, shift, goes_on, count)]
+    if rng.random() < 0.5:
+        begin = rng.randrange(len(known[other.id].text))
+        end = min(len(known[other.id].text), begin + rng.randint(1, 6))
+        parts.insert(1, (other, rng.randrange(len(other.codes)), begin, end))
+    phones, codes, places, cuts, said = [], [], [], [], 0
+    for v, k, begin, end in parts:
+        at, last = known[v.id], end == len(known[v.id].text)
+        low, high = at.plain[begin], len(plain_phones(v.phones)) if last else at.plain[end]
+        first, until = (bisect_left(at.place[k], x) if x else 0 for x in (low, high))
+        cuts += [len(codes)] if codes else []
+        text = v.phones[at.text[begin] if begin else 0 : None if last else at.text[end]]
+        phones += text if phones[-1:] in ([], [PUNCTUATION.index(" ")]) else [PUNCTUATION.index(" "), *text]
+        codes += v.codes[k][first:until]
+        places += [place - low + said for place in at.place[k][first:until]]
+        said += high - low
+    labels = [*plain_phones(phones), -1]
+    aligned = [[labels[place], labels[place + 1]] for place in places]
+    return Utterance(f"{u.id}+", u.voice, phones, [codes], [aligned], tuple(cuts))
+
+
 # ------------------------------------------------------------------- target LM
 
 
@@ -483,7 +554,8 @@ class TargetTrainer(nn.Module):
     finds the alignment in hundreds of steps instead of many thousands. With probability
     ``draft_rate`` a step runs the layers of the paper's draft alone, so
     that the top layers learn to do without the middle, as LayerSkip's do (Elhoushi et al. 2024).
-    ``short``: utterances of each voice that others follow, the prompts of zero-shot speech.
+    ``short``: utterances of each voice that others follow, the prompts of zero-shot speech. With
+    probability ``splice_rate`` an utterance is spliced with another of ``pieces`` of its voice.
     """
 
     def __init__(
@@ -498,9 +570,13 @@ class TargetTrainer(nn.Module):
         flip: float = 0.02,
         draft_rate: float = 0.33,
         short: dict[str, list[Utterance]] | None = None,
+        splice_rate: float = 0.0,
+        pieces: list[Utterance] | None = None,
     ):
         super().__init__()
         self.codec, self.flip = [codec], flip  # in a list: not a part of this module
+        self.splice_rate, self.pieces = splice_rate, by_voice(pieces or [])
+        self.words = {u.id: words(u) for u in pieces or []} if splice_rate else {}
         self.model = small_qwen2(
             hidden, ffn, layers, heads, kv_heads, TEXT_VOCABULARY, max_position_embeddings=4096
         )
@@ -555,6 +631,8 @@ class TargetTrainer(nn.Module):
         "speech" is the whole target's, "draft" that of the draft's layers; a training step has one
         of them. ``overlap``, on held-out speech: mean of sum min(p, q) of the two softmaxes.
         """
+        if self.training and self.splice_rate:
+            batch = [self._spliced(u, rng) for u in batch]
         rows = layout(
             batch, rng, self.codec[0], self.flip if self.training else 0.0, followed(batch, rng, self.short)
         )
@@ -570,6 +648,11 @@ class TargetTrainer(nn.Module):
             "draft" if brief else "speech": speech,
             "draft_phone" if brief else "phone": phone,
         }
+
+    def _spliced(self, u: Utterance, rng: random.Random) -> Utterance:
+        if rng.random() >= self.splice_rate:
+            return u
+        return splice(u, rng.choice(self.pieces[u.voice]), self.words, rng)
 
     def _pass(self, rows: Rows, chosen: Iterable[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Run the ``chosen`` layers -> cross-entropy, mean of the phone heads' that saw something, logits."""
@@ -650,6 +733,8 @@ def layout(
         speech[i, t : t + len(codes)] = codes
         labels[i, t - 1 : t + len(codes)] = torch.cat([codes, torch.tensor([stop])])
         phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor(aligned)
+        first = t - 1 + len(codes) - len(batch[i].codes[-1])  # a spliced utterance has one grid
+        labels[i, [first + cut for cut in batch[i].cuts]] = -1
     if flip:
         digits = codec.to_digits(speech.clamp(min=0))
         wrong = torch.rand(digits.shape) < flip
@@ -703,13 +788,16 @@ def train_target(
     return trainer.folded(), rows
 
 
-def prompts(utterances: Iterable[Utterance], longest: int = 4 * TOKEN_RATE) -> dict[str, list[Utterance]]:
-    """The utterances of each voice that are short enough to be a zero-shot prompt."""
+def by_voice(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
     found: dict[str, list[Utterance]] = {}
     for u in utterances:
-        if len(u.codes[0]) <= longest:
-            found.setdefault(u.voice, []).append(u)
+        found.setdefault(u.voice, []).append(u)
     return found
+
+
+def prompts(utterances: Iterable[Utterance], longest: int = 4 * TOKEN_RATE) -> dict[str, list[Utterance]]:
+    """The utterances of each voice that are short enough to be a zero-shot prompt."""
+    return by_voice(u for u in utterances if len(u.codes[0]) <= longest)
 
 
 def mean_terms(loss: Callable, items: list, batch: int) -> dict[str, float]:
