@@ -6,6 +6,7 @@ Each step resumes from its own checkpoint; what a step samples depends on
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import math
@@ -547,15 +548,15 @@ class Factored(nn.Module):
 
 
 class TargetTrainer(nn.Module):
-    """A SpeechLM in training: factored embedding and head, auxiliary phone heads, and steps of the draft's depth.
+    """A SpeechLM in training: factored embedding and head, auxiliary phone heads, and the draft's layers beside it.
 
     The phone heads predict, above the draft's bottom layers and from a third and two thirds of
     the depth, the phone that the next speech token belongs to and the one after it: attention
-    finds the alignment in hundreds of steps instead of many thousands. With probability
-    ``draft_rate`` a step runs the layers of the paper's draft alone, so
-    that the top layers learn to do without the middle, as LayerSkip's do (Elhoushi et al. 2024).
-    ``short``: utterances of each voice that others follow, the prompts of zero-shot speech. With
-    probability ``splice_rate`` an utterance is spliced with another of ``pieces`` of its voice.
+    finds the alignment in hundreds of steps instead of many thousands. The layers of the paper's
+    draft have a loss of their own, of ``draft_weight``, so that the top layers learn to do without
+    the middle, as LayerSkip's do (Elhoushi et al. 2024). With probability ``prompt_rate`` an
+    utterance follows one of ``short`` of its voice, the prompts of zero-shot speech; with
+    ``splice_rate`` it is spliced with another of ``pieces`` of its voice.
     """
 
     def __init__(
@@ -568,8 +569,9 @@ class TargetTrainer(nn.Module):
         kv_heads: int = 2,
         dropout: float = 0.1,
         flip: float = 0.02,
-        draft_rate: float = 0.33,
+        draft_weight: float = 0.3,
         short: dict[str, list[Utterance]] | None = None,
+        prompt_rate: float = 0.5,
         splice_rate: float = 0.0,
         pieces: list[Utterance] | None = None,
     ):
@@ -580,13 +582,13 @@ class TargetTrainer(nn.Module):
         self.model = small_qwen2(
             hidden, ffn, layers, heads, kv_heads, TEXT_VOCABULARY, max_position_embeddings=4096
         )
+        self.model.set_attn_implementation("eager")  # on a CPU SDPA's backward takes twice its time
         self.embedding = Factored(codec, hidden, 0.3)
         self.head = Factored(codec, hidden, 0.05)
         self.bias = nn.Parameter(torch.zeros(len(self.head.basis)))
-        bottom, top = draft_layers(layers)
-        self.draft_path = [*range(bottom), *range(layers - top, layers)]
-        self.draft_rate, self.short = draft_rate, short or {}
-        self.watched = sorted({bottom, layers // 3, 2 * layers // 3})
+        self.bottom, self.top = draft_layers(layers)
+        self.draft_weight, self.prompt_rate, self.short = draft_weight, prompt_rate, short or {}
+        self.watched = sorted({self.bottom, layers // 3, 2 * layers // 3})
         self.phone_heads = nn.ModuleDict(
             {str(place): nn.Linear(hidden, 2 * len(SYMBOLS)) for place in self.watched}
         )
@@ -605,7 +607,8 @@ class TargetTrainer(nn.Module):
 
     def folded(self) -> SpeechLM:
         """The plain SpeechLM that is shipped: factors multiplied out."""
-        lm = SpeechLM(type(self.model)(self.model.config), len(self.head.basis))
+        lm = SpeechLM(type(self.model)(copy.deepcopy(self.model.config)), len(self.head.basis))
+        lm.model.set_attn_implementation("sdpa")
         lm.model.load_state_dict(self.model.state_dict())  # a copy: without the training hooks
         with torch.no_grad():
             lm.speech_embedding.weight.copy_(self.embedding.weight())
@@ -628,60 +631,54 @@ class TargetTrainer(nn.Module):
     def loss(self, batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
         """Cross-entropy of the speech tokens and the stop token, with the phone heads' beside it.
 
-        "speech" is the whole target's, "draft" that of the draft's layers; a training step has one
-        of them. ``overlap``, on held-out speech: mean of sum min(p, q) of the two softmaxes.
+        "speech" is the whole target's, "draft" that of the draft's layers. ``overlap``, on held-out
+        speech: mean of sum min(p, q) of the two softmaxes.
         """
         if self.training and self.splice_rate:
             batch = [self._spliced(u, rng) for u in batch]
-        rows = layout(
-            batch, rng, self.codec[0], self.flip if self.training else 0.0, followed(batch, rng, self.short)
-        )
-        every = range(len(self.model.layers))
+        flip = self.flip if self.training else 0.0
+        rows = layout(batch, rng, self.codec[0], flip, followed(batch, rng, self.short, self.prompt_rate))
+        q, p, phones = self._pass(rows)
+        speech, draft = (F.cross_entropy(logits, rows.labels) for logits in (q, p))
+        wanted = rows.phones.reshape(-1)
+        heard = [F.cross_entropy(x.reshape(-1, len(SYMBOLS)), wanted, ignore_index=-1) for x in phones]
+        phone = sum(heard) / len(heard)
+        terms = {"total": speech + 0.5 * phone + self.draft_weight * draft, "speech": speech, "phone": phone, "draft": draft}
         if not self.training:
-            (speech, phone, q), (draft, _, p) = self._pass(rows, every), self._pass(rows, self.draft_path)
-            overlap = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()
-            return {"total": speech + 0.5 * phone, "speech": speech, "phone": phone, "draft": draft, "overlap": overlap}  # fmt: skip
-        brief = rng.random() < self.draft_rate
-        speech, phone, _ = self._pass(rows, self.draft_path if brief else every)
-        return {
-            "total": speech + 0.5 * phone,
-            "draft" if brief else "speech": speech,
-            "draft_phone" if brief else "phone": phone,
-        }
+            terms["overlap"] = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()
+        return terms
 
     def _spliced(self, u: Utterance, rng: random.Random) -> Utterance:
         if rng.random() >= self.splice_rate:
             return u
         return splice(u, rng.choice(self.pieces[u.voice]), self.words, rng)
 
-    def _pass(self, rows: Rows, chosen: Iterable[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the ``chosen`` layers -> cross-entropy, mean of the phone heads' that saw something, logits."""
-        layers, self._seen = self.model.layers, {}
-        try:
-            self.model.layers = nn.ModuleList([layers[place] for place in chosen])
-            with torch.autocast("cpu", torch.bfloat16):
-                embedded = embed(rows, self.model.embed_tokens.weight, self.embedding.weight())
-                hidden = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-                logits = F.linear(hidden[rows.spoken], self.head.weight(), self.bias).float()
-                phones = [
-                    self.phone_heads[str(place)](seen[rows.spoken]).float()
-                    for place, seen in self._seen.items()
-                ]
-        finally:
-            self.model.layers = layers
-        wanted = rows.phones.reshape(-1)
-        phone = sum(
-            F.cross_entropy(p.reshape(-1, len(SYMBOLS)), wanted, ignore_index=-1) for p in phones
-        ) / len(phones)
-        return F.cross_entropy(logits, rows.labels), phone, logits
+    def _pass(self, rows: Rows) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits of the whole target and of the draft's layers, (n, 6564) both, and the phone heads'."""
+        layers, long = self.model.layers, rows.text.shape[1]
+        place, causal = torch.arange(long)[None], torch.full((1, 1, long, long), -math.inf).triu(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            embedded = embed(rows, self.model.embed_tokens.weight, self.embedding.weight())
+            whole = self.model(
+                inputs_embeds=embedded, attention_mask={"full_attention": causal}, use_cache=False
+            ).last_hidden_state
+            brief, angles = self._seen[self.bottom], self.model.rotary_emb(embedded, place)
+            for layer in layers[len(layers) - self.top :]:
+                brief = layer(brief, causal, position_ids=place, position_embeddings=angles)
+            matrix = self.head.weight()
+            q, p = (
+                F.linear(hidden[rows.spoken], matrix, self.bias).float() for hidden in (whole, self.model.norm(brief))
+            )
+            heads = [self.phone_heads[str(k)](self._seen[k][rows.spoken]).float() for k in self.watched]
+        return q, p, heads
 
 
 def followed(
-    batch: list[Utterance], rng: random.Random, short: dict[str, list[Utterance]]
+    batch: list[Utterance], rng: random.Random, short: dict[str, list[Utterance]], rate: float
 ) -> list[Utterance | None]:
-    """For every second utterance, by chance, a short one of its voice to stand in front; None: nothing."""
+    """With probability ``rate`` a short utterance of its voice to stand in front of each; None: nothing."""
     return [
-        rng.choice(short[u.voice]) if short.get(u.voice) and rng.random() < 0.5 else None for u in batch
+        rng.choice(short[u.voice]) if short.get(u.voice) and rng.random() < rate else None for u in batch
     ]
 
 

@@ -151,22 +151,83 @@ def test_a_prompt_stands_in_front_with_its_phones_and_its_speech():
 
 def test_about_half_the_utterances_follow_a_short_one_of_their_voice():
     items = utterances(60)
-    before = training.followed(items, random.Random(0), training.prompts(items))
+    before = training.followed(items, random.Random(0), training.prompts(items), 0.5)
     assert 15 < sum(w is not None for w in before) < 45  # P < 1e-4 for a fair coin
     assert all(w is None or w.voice == u.voice for u, w in zip(items, before))
-    assert training.followed(items, random.Random(0), {}) == [None] * 60
+    assert training.followed(items, random.Random(0), {}, 0.5) == [None] * 60
     assert training.prompts(items, longest=5) == {}
 
 
-def test_a_short_step_runs_the_drafts_layers_and_leaves_the_others_alone():
+def sentence(words, name="0", extra=0):
+    """An utterance of one-letter phones whose code says the phone: two tokens each, the last one longer."""
+    phones = [SYMBOL_ID[symbol] for symbol in " ".join(words)]
+    said = [SYMBOL_ID[symbol] for symbol in "".join(words)]
+    tokens = [(i, k) for i in range(len(said)) for k in range(2 + (i == len(said) - 1) * extra)]
+    aligned = [[said[i], said[i + 1] if i + 1 < len(said) else -1] for i, _ in tokens]
+    return Utterance(name, VOICES[0], phones, [[said[i] for i, _ in tokens]], [aligned])
+
+
+def test_words_are_found_in_text_and_speech():
+    found = training.words(sentence(["bat", "at", "tab"]))
+    assert (found.text, found.plain) == ([0, 4, 7], [0, 3, 5])
+    assert found.place == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]]
+
+
+def test_a_spliced_utterance_says_its_text_and_no_other():
+    one, other = sentence(["bat", "at", "tab", "fad", "fa"], "0", 3), sentence(["zip", "i", "piz"], "1", 2)
+    known = {u.id: training.words(u) for u in (one, other)}
+    texts, rng = set(), random.Random(0)
+    for _ in range(200):
+        made = training.splice(one, other, known, rng)
+        codes, (aligned,) = made.codes[0], made.aligned
+        assert [now for now, _ in aligned] == codes
+        said = [code for k, code in enumerate(codes) if k % 2 == 0][: len(training.plain_phones(made.phones))]
+        text = "".join(SYMBOLS[p] for p in made.phones)
+        texts.add(text)
+        assert text.startswith("bat ") and text.endswith("fa") and "  " not in text
+        if "piz" not in text.split():  # its end is a token longer
+            assert said == training.plain_phones(made.phones)
+            assert [after for _, after in aligned][-1] == -1
+        assert 1 <= len(made.cuts) <= 2 and all(0 < cut < len(codes) for cut in made.cuts)
+    assert "bat at tab fad at tab fad fa" in texts, "a phrase said twice"
+    assert "bat fa" in texts, "a phrase left out"
+    assert any("zip i" in text for text in texts), "another utterance's words"
+
+
+def test_two_words_are_not_spliced():
+    one = sentence(["bat", "at"])
+    assert training.splice(one, one, {"0": training.words(one)}, random.Random(0)) is one
+
+
+def test_the_token_after_a_cut_is_no_label():
+    one = sentence(["bat", "at", "tab"])
+    cut = Utterance("1", one.voice, one.phones, one.codes, one.aligned, cuts=(4, 10))
+    for before in (None, [one]):
+        rows = training.layout([cut], random.Random(0), Codec(SMALL), 0.0, before)
+        whole = training.layout([one], random.Random(0), Codec(SMALL), 0.0, before)
+        behind = len(one.codes[0]) if before else 0
+        kept = [k for k in range(behind + 17) if k not in (behind + 4, behind + 10)]
+        assert rows.labels.tolist() == whole.labels[kept].tolist()
+        assert rows.phones.tolist() == whole.phones[kept].tolist()
+        assert torch.equal(rows.speech, whole.speech)
+
+
+def test_spliced_utterances_train_the_target(tmp_path):
+    told = [sentence(["bat", "at", "tab"], "0"), sentence(["zip", "i", "piz"], "1")]
+    settings = SIZES | {"splice_rate": 1.0, "pieces": told, "draft_weight": 0.0}
+    schedule = Schedule(60, batch=2, learning_rate=5e-3, warmup=5, save_every=60)
+    _, rows = training.train_target(Codec(SMALL), told, told, schedule, tmp_path / "c", print, **settings)
+    assert rows[-1]["dev_speech"] < 0.5 * 8.8, "8.8: nothing is known of 6,564 tokens"
+
+
+def test_the_drafts_layers_learn_beside_the_whole_target():
     torch.manual_seed(0)
-    trainer = training.TargetTrainer(Codec(SMALL), draft_rate=1.0, **SIZES)
+    trainer = training.TargetTrainer(Codec(SMALL), dropout=0.0, flip=0.0, **SIZES)
     terms = trainer.train().loss(utterances(4), random.Random(0))
-    assert set(terms) == {"total", "draft", "draft_phone"}
-    terms["total"].backward()
+    assert set(terms) == {"total", "speech", "phone", "draft"}
+    terms["draft"].backward()
     moved = [layer.mlp.up_proj.weight.grad is not None for layer in trainer.model.layers]
     assert moved == [True, False, False, True]
-    assert len(trainer.model.layers) == 4  # put back
     plain = trainer.eval().folded()
     draft = make_draft(plain, bottom=1, top=1)
     rows = training.layout(utterances(4), random.Random(0), Codec(SMALL), 0.0)
