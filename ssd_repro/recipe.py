@@ -6,7 +6,6 @@ import shutil
 import statistics
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
 from importlib import util
 from math import isnan, log2
 from pathlib import Path
@@ -186,7 +185,7 @@ def kept_examples(of: Voice) -> tuple[Path, list[dict[str, str]], dict[str, dict
 def tokens_file(tokens: str, work: Path) -> Path:
     """Where ``training.Utterance`` rows are: the file ``tokens``, "bundled" for the package's own, or notebook 11's.
 
-    The package's are 1,483 items of data/corpus.csv in the bundled codec's speech tokens: target and draft can be
+    The package's are 2,074 items of data/corpus.csv in the bundled codec's speech tokens: target and draft can be
     trained without a teacher.
     """
     bundled = Path(__file__).parent / "data" / "tokens.jsonl.gz"
@@ -289,20 +288,24 @@ def write_voice(
     checkpoints.save_voice(folder, codec, target, draft, facts)
 
 
+def as_line(one: experiment.Utterance) -> corpus.Line:
+    """What the teacher reads for an evaluation utterance."""
+    return corpus.Line(f"{one.text_id}_{one.voice}", one.voice, one.text)
+
+
 def voice_rows(
-    voice, teacher, hint: str, said, folder: Path, whisper: str = "", progress=lambda it: it
+    voice, taught: Path, hint: str, said, folder: Path, whisper: str = "", progress=lambda it: it
 ) -> list[dict]:
-    """Three rows an utterance: the teacher, its speech through the codec, the target alone; resumable."""
+    """Three rows an utterance: the teacher, its speech through the codec, the target alone; resumable.
+
+    taught: where ``corpus.build`` put the teacher's speech of ``said``, by ``as_line``.
+    """
     states = Hint(hint)
 
-    @lru_cache(maxsize=1)
-    def spoken(one) -> np.ndarray:
-        pcm = corpus.teach(teacher, corpus.Line(one.text_id, one.voice, one.text))
-        return (pcm / 32767).astype(np.float32)
-
     def render(one, system: str):
-        audio, stopped = _render(voice, system, spoken(one), states, one)
-        return audio, stopped, len(audio) / len(spoken(one))
+        spoken = _read(taught / f"{as_line(one).id}.flac")
+        audio, stopped = _render(voice, system, spoken, states, one)
+        return audio, stopped, len(audio) / len(spoken)
 
     # A row stays as long as what spoke it does: a new target leaves the teacher's and the codec's.
     spoke = {"teacher": {"weights": "Kokoro-82M v1.0 int8"},

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 
 import ssd_repro
@@ -60,7 +61,7 @@ def test_a_new_target_leaves_the_rows_of_teacher_and_codec(tmp_path, monkeypatch
     monkeypatch.setattr(recipe, "_similarity", lambda audio, reference: 0.5)
     monkeypatch.setattr(recipe, "Hint", lambda model: None)
     monkeypatch.setattr(recipe.metrics, "measure", lambda *rest: {"word_errors": 0})
-    monkeypatch.setattr(recipe.corpus, "teach", lambda teacher, line: np.ones(9, np.int16))
+    soundfile.write(tmp_path / "t_af_heart.flac", np.ones(9) / 2, 24_000)
     voice = SimpleNamespace(
         names=("af_heart",), weights_id="a", sampler=Sampler(), reference=lambda name: np.ones(9),
         about={"sha256": {"codec.safetensors": "c" * 64}, "references": {"af_heart": "x.flac"}},
@@ -69,7 +70,7 @@ def test_a_new_target_leaves_the_rows_of_teacher_and_codec(tmp_path, monkeypatch
     def again(**changed):
         made.clear()
         vars(voice).update(changed)
-        assert [row["system"] for row in recipe.voice_rows(voice, None, "", said, tmp_path)] == list(SYSTEMS)
+        assert [row["system"] for row in recipe.voice_rows(voice, tmp_path, "", said, tmp_path)] == list(SYSTEMS)
         return made
 
     SYSTEMS = ("teacher", "codec", "autoregressive")
@@ -123,7 +124,7 @@ def test_voice_table_counts_errors_over_words_not_over_utterances():
 def test_the_bundled_tokens_are_of_the_manifest_and_what_a_draft_can_learn_from(tmp_path):
     path = recipe.tokens_file("bundled", tmp_path)
     utterances, manifest = read_utterances(path), {row["id"]: row for row in corpus.manifest()}
-    assert len(utterances) == 1483 == len({u.id for u in utterances})
+    assert len(utterances) == 2074 == len({u.id for u in utterances})
     for u in utterances:
         row = manifest[u.id]
         assert u.voice == row["voice"] and len(u.codes[0]) == int(row["samples"]) // 960 and len(u.codes) == 4
@@ -134,6 +135,6 @@ def test_the_bundled_tokens_are_of_the_manifest_and_what_a_draft_can_learn_from(
     voice = ssd_repro.load(device="cpu")
     described = draft_data.voice_target(voice.target, 6561, voice.sampler, (1.2, 2.6), voice.about["prompts"])
     groups = draft_data.read_data(path, described)
-    assert len(groups) == 1483 and groups[0][0].speech.tolist() == utterances[0].codes[0]
+    assert len(groups) == 2074 and groups[0][0].speech.tolist() == utterances[0].codes[0]
     with pytest.raises(InputError, match="run notebook 11 first"):
         recipe.tokens_file("", tmp_path)
