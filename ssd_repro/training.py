@@ -46,7 +46,7 @@ STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; ``batch`` in utterances."""
+    """How long and how fast to train; ``batch`` in utterances; ``until``: stop early there, 0: at ``steps``."""
 
     steps: int
     batch: int = 16
@@ -55,6 +55,7 @@ class Schedule:
     weight_decay: float = 0.05
     seed: int = 0
     save_every: int = 200
+    until: int = 0
 
 
 def fit(
@@ -79,7 +80,7 @@ def fit(
         groups, schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
     )
     scales = [group.get("scale", 1.0) for group in optimizer.param_groups]
-    first, rows = 0, []
+    first, rows, end = 0, [], schedule.until or schedule.steps
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -88,7 +89,7 @@ def fit(
     model.train()
     sums: dict[str, list[float]] = {}
     began = time.perf_counter()
-    for step in range(first, schedule.steps):
+    for step in range(first, end):
         rate = learning_rate(schedule, step)
         for group, scale in zip(optimizer.param_groups, scales):
             group["lr"] = rate * scale
@@ -100,7 +101,7 @@ def fit(
         optimizer.step()
         for name, value in terms.items():  # a step may lack some
             sums.setdefault(name, []).append(float(value.detach()))
-        last = step + 1 == schedule.steps
+        last = step + 1 == end
         if (step + 1) % 50 == 0 or last:
             row = {"step": step + 1, **{k: sum(v) / len(v) for k, v in sums.items()}}
             sums = {}
@@ -783,6 +784,15 @@ def train_target(
         log,
     )
     return trainer.folded(), rows
+
+
+def averaged(new: SpeechLM, old: SpeechLM, part: float) -> SpeechLM:
+    """``new``, in place, with ``part`` of the weights of ``old``, which it went on from (Wortsman et al. 2022, WiSE-FT)."""
+    known = old.state_dict()
+    with torch.no_grad():
+        for name, weight in new.state_dict().items():
+            weight.lerp_(known[name].to(weight), part)
+    return new
 
 
 def by_voice(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:

@@ -129,6 +129,20 @@ def test_a_target_can_be_unfolded_to_go_on_from_and_loses_nothing(tmp_path):
     torch.testing.assert_close(made.head.weight, plain.head.weight, atol=1e-4, rtol=1e-3)
 
 
+def test_stopped_early_and_averaged_with_what_it_began_from(tmp_path):
+    torch.manual_seed(0)
+    old = training.TargetTrainer(Codec(SMALL), **SIZES).folded()
+    schedule = Schedule(10, batch=2, warmup=1, learning_rate=1e-2, until=3)
+    new, rows = training.train_target(
+        Codec(SMALL), utterances(4), utterances(2, 1), schedule, tmp_path / "c", lambda _: None, begin=old, **SIZES
+    )
+    assert rows[-1]["step"] == 3 and "dev_speech" in rows[-1]
+    moved, before = new.head.weight.clone(), old.head.weight.clone()
+    mean = training.averaged(new, old, 0.25)
+    torch.testing.assert_close(mean.head.weight, 0.75 * moved + 0.25 * before)
+    assert torch.equal(old.head.weight, before) and not torch.equal(moved, before)
+
+
 def test_layout_is_prompt_then_tokens_then_stop():
     one = utterances(1)
     rows = training.layout(one, random.Random(0), Codec(SMALL), 0.0)
