@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from . import checkpoints, corpus, experiment, metrics, tables
 from .codec import FRAMES_PER_TOKEN, SAMPLE_RATE, TOKEN_RATE, Codec, analyse
 from .errors import InputError
-from .sampling import Sampler
+from .sampling import Sampler, check_number
 from .speech_lm import SpeechLM
 from .text import VOICES, language, phone_ids
 from .training import (
@@ -171,8 +171,14 @@ def earlier(begin: str) -> Voice:
     return load(None if begin == "bundled" else begin, device="cpu")
 
 
-def begun(begin: str) -> Path | SpeechLM | None:
-    """What notebook 12 goes on from: a checkpoint of its own, or the target of a voice folder."""
+def begun(begin: str, average: float = 0.0) -> Path | SpeechLM | None:
+    """What notebook 12 goes on from: a checkpoint of its own, or the target of a voice folder.
+
+    average: the part of a voice folder's target in the result, from 0 to 1.
+    """
+    check_number("average", average, 0.0, 1.0)
+    if average and (not begin or Path(begin).is_file()):
+        raise InputError(f"average is {average} and begin {begin!r}: an average needs a voice folder to begin with")
     return Path(begin) if Path(begin).is_file() else earlier(begin).target if begin else None
 
 

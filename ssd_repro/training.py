@@ -638,7 +638,8 @@ class TargetTrainer(nn.Module):
         if self.training and self.splice_rate:
             batch = [self._spliced(u, rng) for u in batch]
         flip = self.flip if self.training else 0.0
-        rows = layout(batch, rng, self.codec[0], flip, followed(batch, rng, self.short, self.prompt_rate))
+        before = followed(batch, rng, self.short, self.prompt_rate)
+        rows = layout(batch, rng, self.codec[0], flip, before, prompted_only=not self.training)
         q, p, phones = self._pass(rows)
         speech, draft = (F.cross_entropy(logits, rows.labels) for logits in (q, p))
         wanted = rows.phones.reshape(-1)
@@ -708,19 +709,22 @@ def layout(
     codec: Codec,
     flip: float,
     before: list[Utterance | None] | None = None,
+    prompted_only: bool = False,
 ) -> Rows:
     """A padded batch with its labels, in one of the two layouts of text.prompt.
 
     Alone: [start][voice][phones...][task][speech tokens...]. With an utterance of the same voice
-    ``before`` it: [start][its phones][phones][task][its speech][speech], and no voice token.
+    ``before`` it: [start][its phones][phones][task][its speech][speech], and no voice token. Both
+    are labels, with ``prompted_only`` not the one before: it may have been learned by heart.
     """
     stop = codec.config.codebook_size
-    heads, spoken, told = [], [], []  # text ids, codes, their phones
+    heads, spoken, told, fronts = [], [], [], []  # text ids, codes, their phones; tokens before the utterance
     for w, u in zip(before or [None] * len(batch), batch):
         heads.append(prompt(u.phones, None if w else u.voice, w.phones if w else ()))
         shifts = [(v, rng.randrange(len(v.codes))) for v in (w, u) if v]
         spoken.append([code for v, k in shifts for code in v.codes[k]])
         told.append([phone for v, k in shifts for phone in v.aligned[k]])
+        fronts.append(len(spoken[-1]) - len(u.codes[shifts[-1][1]]))
     length = max(len(h) + len(c) for h, c in zip(heads, spoken))
     text = torch.full((len(batch), length), -1)
     speech, labels = text.clone(), text.clone()
@@ -731,8 +735,10 @@ def layout(
         speech[i, t : t + len(codes)] = codes
         labels[i, t - 1 : t + len(codes)] = torch.cat([codes, torch.tensor([stop])])
         phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor(aligned)
-        first = t - 1 + len(codes) - len(batch[i].codes[-1])  # a spliced utterance has one grid
-        labels[i, [first + cut for cut in batch[i].cuts]] = -1
+        begin = t - 1 + fronts[i]
+        labels[i, [begin + cut for cut in batch[i].cuts]] = -1
+        if prompted_only:
+            labels[i, :begin] = -1
     if flip:
         digits = codec.to_digits(speech.clamp(min=0))
         wrong = torch.rand(digits.shape) < flip
@@ -784,6 +790,19 @@ def train_target(
         log,
     )
     return trainer.folded(), rows
+
+
+@torch.no_grad()
+def held_out_loss(lm: SpeechLM, codec: Codec, dev: list[Utterance], short: dict[str, list[Utterance]]) -> float:
+    """Cross-entropy of ``dev``'s tokens, each utterance behind one of ``short`` of its voice, in fp32."""
+    total = count = 0
+    for start in range(0, len(dev), 8):
+        batch, rng = dev[start : start + 8], random.Random(start)
+        rows = layout(batch, rng, codec, 0.0, followed(batch, rng, short, 1.0), prompted_only=True)
+        logits = lm(embed(rows, lm.model.embed_tokens.weight, lm.speech_embedding.weight), rows.spoken)
+        total += float(F.cross_entropy(logits, rows.labels, reduction="sum"))
+        count += len(rows.labels)
+    return total / count
 
 
 def averaged(new: SpeechLM, old: SpeechLM, part: float) -> SpeechLM:

@@ -99,6 +99,13 @@ def test_a_step_out_of_order_says_which_notebook_comes_first(step, tmp_path):
         step(tmp_path)
 
 
+def test_an_average_needs_something_to_average_with(tmp_path):
+    with pytest.raises(InputError, match="average is 0.5 and begin ''"):
+        recipe.begun("", 0.5)
+    with pytest.raises(InputError, match="average is 2"):
+        recipe.begun("bundled", 2)
+
+
 def test_code_statistics_count_what_is_there():
     made = [Utterance("a", "af_heart", [1, 2], [[0, 1, 1, 2]], [])]
     facts = recipe.code_statistics(made)["value"]

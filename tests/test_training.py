@@ -226,6 +226,17 @@ def test_the_token_after_a_cut_is_no_label():
         assert torch.equal(rows.speech, whole.speech)
 
 
+def test_a_prompt_in_front_is_no_label_on_held_out_speech():
+    front, one = sentence(["bat", "at", "tab"], "0"), sentence(["zip", "i", "piz"], "1")
+    rows = training.layout([one], random.Random(0), Codec(SMALL), 0.0, [front], prompted_only=True)
+    assert rows.labels.tolist() == [*one.codes[0], 6561]
+    plain = training.TargetTrainer(Codec(SMALL), **SIZES).folded()
+    found = training.held_out_loss(plain, Codec(SMALL), [one], {one.voice: [front]})
+    embedded = training.embed(rows, plain.model.embed_tokens.weight, plain.speech_embedding.weight)
+    wanted = torch.nn.functional.cross_entropy(plain(embedded)[rows.spoken], rows.labels)
+    assert found == pytest.approx(float(wanted.detach()), rel=1e-4)
+
+
 def test_spliced_utterances_train_the_target(tmp_path):
     told = [sentence(["bat", "at", "tab"], "0"), sentence(["zip", "i", "piz"], "1")]
     settings = SIZES | {"splice_rate": 1.0, "pieces": told, "draft_weight": 0.0}
