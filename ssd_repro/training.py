@@ -38,6 +38,7 @@ from .codec import (
     long_term_spectrum,
     stack,
 )
+from .sampling import check_number
 from .speech_lm import SpeechLM, draft_layers, small_qwen2
 from .text import PUNCTUATION, SYMBOLS, TEXT_VOCABULARY, VOICES, language, phone_ids, plain_phones, prompt
 
@@ -56,6 +57,9 @@ class Schedule:
     seed: int = 0
     save_every: int = 200
     until: int = 0
+
+    def __post_init__(self):
+        check_number("until (0: not before steps)", self.until, 0, self.steps, whole=True)
 
 
 def fit(
@@ -475,6 +479,7 @@ class Words:
 
 
 def words(u: Utterance) -> Words:
+    """Where the words of ``u`` begin, found again from its aligned phones."""
     labels, space = plain_phones(u.phones), PUNCTUATION.index(" ")
     before = [len(plain_phones(u.phones[:p])) for p in range(len(u.phones) + 1)]
     starts = [p for p in range(len(u.phones)) if p == 0 or u.phones[p - 1] == space]

@@ -6,6 +6,7 @@ import torch
 
 from ssd_repro import training
 from ssd_repro.codec import FEATURES, Codec, CodecConfig, analyse, long_term_spectrum
+from ssd_repro.errors import InputError
 from ssd_repro.speech_lm import make_draft
 from ssd_repro.text import START, SYMBOL_ID, SYMBOLS, TASK, VOICES
 from ssd_repro.training import Schedule, Utterance
@@ -137,6 +138,8 @@ def test_stopped_early_and_averaged_with_what_it_began_from(tmp_path):
         Codec(SMALL), utterances(4), utterances(2, 1), schedule, tmp_path / "c", lambda _: None, begin=old, **SIZES
     )
     assert rows[-1]["step"] == 3 and "dev_speech" in rows[-1]
+    with pytest.raises(InputError, match="until .* is 11"):
+        Schedule(10, until=11)
     moved, before = new.head.weight.clone(), old.head.weight.clone()
     mean = training.averaged(new, old, 0.25)
     torch.testing.assert_close(mean.head.weight, 0.75 * moved + 0.25 * before)
