@@ -15,7 +15,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
@@ -481,7 +481,7 @@ class Words:
 def words(u: Utterance) -> Words:
     """Where the words of ``u`` begin, found again from its aligned phones."""
     labels, space = plain_phones(u.phones), PUNCTUATION.index(" ")
-    before = [len(plain_phones(u.phones[:p])) for p in range(len(u.phones) + 1)]
+    before = [0, *accumulate(len(plain_phones([p])) for p in u.phones)]
     starts = [p for p in range(len(u.phones)) if p == 0 or u.phones[p - 1] == space]
     ends = [*starts[1:], len(u.phones)]
     starts = [p for p, end in zip(starts, ends) if before[p] < before[end]]  # marks alone are no word
