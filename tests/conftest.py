@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from ssd_repro.experiment import metrics
+
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,7 +18,6 @@ def fake(monkeypatch):
     import fake_voice
 
     import ssd_repro
-    from ssd_repro import metrics
 
     voice = fake_voice.FakeVoice()
     monkeypatch.setattr(ssd_repro, "load", lambda path=None, device="auto", **_: voice)

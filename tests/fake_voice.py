@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from ssd_repro.codec import CodecConfig
-from ssd_repro.corpus import VOICES
-from ssd_repro.decoding import DecodeResult, Round
-from ssd_repro.sampling import Sampler
-from ssd_repro.voice import Voice
+from ssd_repro.decoding.result import DecodeResult, Round
+from ssd_repro.decoding.sampling import Sampler
+from ssd_repro.models.codec import CodecConfig
+from ssd_repro.speech.text import VOICES
+from ssd_repro.speech.voice import Voice
 
 RATE = 24_000
 

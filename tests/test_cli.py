@@ -13,6 +13,8 @@ import soundfile
 
 from ssd_repro import cli
 from ssd_repro.errors import InputError
+from ssd_repro.experiment import notebooks
+from ssd_repro.files import locked
 
 FIELDS = {"method", "text", "voice", "tokens", "token_ids", "audio_seconds", "lm_seconds", "lm_rtf", "rtf",
           "target_calls", "draft_calls", "acceptance_rate", "tokens_per_target_call", "seed", "device", "out"}  # fmt: skip
@@ -174,7 +176,7 @@ def books(tmp_path, monkeypatch):
     folder = tmp_path / "books"
     (folder / "profiles").mkdir(parents=True)
     (folder / "profiles" / "quick.yaml").write_text("seed: 1\n")
-    monkeypatch.setattr(cli, "notebooks_folder", lambda: folder)
+    monkeypatch.setattr(notebooks, "notebooks_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return folder, Path("results")
 
@@ -216,7 +218,7 @@ def test_training_notebooks_run_only_when_asked_for(books):
         notebook(folder / f"{name}.ipynb")
 
     def names(only):
-        return [path.stem for path in cli.choose_notebooks(folder, only)]
+        return [path.stem for path in notebooks.choose_notebooks(folder, only)]
 
     assert names([]) == ["00_a", "01_b"]
     assert names(["10"]) == names(["10_train"]) == ["10_train"]
@@ -237,7 +239,6 @@ def test_a_profile_that_sets_what_no_notebook_has(books, capsys):
 
 
 def test_two_runs_into_one_folder(books, capsys):
-    from ssd_repro.experiment import locked
 
     folder, out = books
     notebook(folder / "00_good.ipynb")
@@ -254,6 +255,6 @@ def test_progress_bars_and_folders_are_tidied(tmp_path):
     pieces = ["0%|  |", "\r50%|# |", "\r100%|##|\nnext\r"]
     book.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text=text) for text in pieces]
     nbformat.write(book, path)
-    cli.tidy(path, Path("01_a.ipynb"))
+    notebooks.tidy(path, Path("01_a.ipynb"))
     assert str(tmp_path) not in path.read_text()
     assert [out.text for out in nbformat.read(path, as_version=4).cells[1].outputs] == ["100%|##|\nnext"]

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from ssd_repro.cosyvoice_lm import LAYOUTS
+from ssd_repro.models.cosyvoice import LAYOUTS
 
 TEXT_VOCAB = 300
 WORDS = ["a", "b", "c", "d"]
@@ -111,9 +111,7 @@ class Qwen2LM(Upstream):
     ):  # fmt: skip
         lm_input = self.prefix(text[0], prompt_text[0], prompt_speech_token[0])
         text_len += prompt_text_len
-        low, high = (
-            int((text_len - prompt_text_len) * r) for r in (min_token_text_ratio, max_token_text_ratio)
-        )
+        low, high = (int((text_len - prompt_text_len) * r) for r in (min_token_text_ratio, max_token_text_ratio))
         yield from self.inference_wrapper(lm_input, sampling, low, high, uuid)
 
     @torch.inference_mode()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ssd_repro.sampling import probabilities
-from ssd_repro.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.decoding.sampling import probabilities
+from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
 
 PREFIX = 3  # positions before the first speech token
 
@@ -117,3 +117,15 @@ def p_value(counts: dict, law: dict) -> float:
     statistic = sum((s - d) ** 2 / d for s, d in zip(seen, due, strict=True))
     half = torch.tensor([len(seen) - 1, statistic], dtype=torch.float64) / 2
     return float(torch.special.gammaincc(*half)) if len(seen) > 1 else 1.0
+
+
+def output_distribution(p: torch.Tensor, q: torch.Tensor, rule) -> torch.Tensor:
+    """What one position outputs: P(x) = p(x) a(x) + (1 - sum p a) r(x); p, q (V,) -> (V,)."""
+    size = p.shape[-1]
+    accepted = p * rule.accept(p.expand(size, size), q.expand(size, size), torch.arange(size))
+    return accepted + (1 - accepted.sum()) * rule.residual(p, q)
+
+
+def total_variation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Half the sum of |a - b| over the last dimension: (..., V) -> (...)."""
+    return (a - b).abs().sum(-1) / 2

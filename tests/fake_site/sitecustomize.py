@@ -2,6 +2,8 @@
 
 import sys
 
+from ssd_repro.experiment import metrics
+
 if "ipykernel_launcher" in sys.argv[0] or "-m" in sys.orig_argv or "-c" in sys.orig_argv:
     from pathlib import Path
 
@@ -9,7 +11,6 @@ if "ipykernel_launcher" in sys.argv[0] or "-m" in sys.orig_argv or "-c" in sys.o
     import fake_voice
 
     import ssd_repro
-    from ssd_repro import metrics
 
     ssd_repro.load = fake_voice.fake_load
     metrics.measure = fake_voice.fake_measure

@@ -1,0 +1,1 @@
+"""What the paper is about: speculative decoding over any pair of sessions. Imports torch alone."""

@@ -1,0 +1,116 @@
+"""Acceptance rates from rows: which drafted token was judged where, and how it went."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from .statistics import LEAST, bootstrap, ratio_of_sums
+
+PARTS = 10  # of an utterance
+
+
+def rounds_of(rows: pd.DataFrame):
+    """(drafted, accepted) of every round that drafted, but for one that an accepted end of speech cut short."""
+    for pieces, counts in zip(rows.rounds, rows.pieces, strict=True):
+        for piece, tokens in zip(pieces, counts, strict=True):
+            begin = 0
+            for drafted, accepted in piece:
+                if drafted and begin + accepted <= tokens:
+                    yield drafted, accepted
+                begin += accepted + 1
+
+
+def piece_events(rounds, tokens: int):
+    """(position in the draft from 1, token of the piece from 0, accepted) of each judged draft of a sentence.
+
+    A round ends with its first rejection: what was drafted after it, or after an accepted
+    end of speech (the token number ``tokens``), was not judged.
+    """
+    begin = 0
+    for drafted, accepted in rounds:
+        yield from ((i + 1, begin + i, True) for i in range(accepted))
+        if accepted < drafted and begin + accepted <= tokens:
+            yield accepted + 1, begin + accepted, False
+        begin += accepted + 1
+
+
+def kinds(carries: str) -> list[str]:
+    """Of each token of a sentence: speech, silence, or boundary, a token on either side of a change."""
+    names = {"s": "speech", ".": "silence"}
+    padded = carries[:1] + carries + carries[-1:]
+    changes = [len(set(padded[i : i + 3])) > 1 for i in range(len(carries))]
+    return ["boundary" if change else names[letter] for letter, change in zip(carries, changes, strict=True)]
+
+
+def row_events(row) -> list[tuple]:
+    """Of one row: (position in the draft, share of the utterance gone, what it carries, accepted)."""
+    events, begin = [], 0
+    for rounds, count in zip(row["rounds"], row["pieces"], strict=True):
+        carried = kinds(row["carries"][begin : begin + count])
+        for place, at, accepted in piece_events(rounds, count):
+            kind = "end of speech" if at >= count else carried[at] if carried else "unknown"
+            events.append((place, min((begin + at) / max(row["tokens"], 1), 1.0), kind, accepted))
+        begin += count
+    return events
+
+
+def judged(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line a judged draft: utterance (its place in ``rows``), place, along (0 to 1), carries, voice, accepted."""
+    lines = [(i, *event, row["voice"]) for i, row in enumerate(rows.to_dict("records")) for event in row_events(row)]
+    return pd.DataFrame(lines, columns=["utterance", "place", "along", "carries", "accepted", "voice"])
+
+
+def rate(events: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Accepted / judged for each value of ``by``, with a 95 % interval over utterances, if they are enough for one."""
+    lines = []
+    for value, group in events.groupby(by, sort=True):
+        each = group.groupby("utterance").accepted.agg(["sum", "size"])
+        enough = len(each) >= LEAST
+        low, high = bootstrap(ratio_of_sums, each["sum"], each["size"]) if enough else (np.nan, np.nan)
+        lines.append({"value": value, "acceptance": group.accepted.mean(), "low": low, "high": high,
+                      "judged": len(group), "n": len(each)})  # fmt: skip
+    return pd.DataFrame(lines, columns=["value", "acceptance", "low", "high", "judged", "n"])
+
+
+def speaker(row) -> str:
+    """The bundled voice's name; of a LibriTTS prompt, <speaker>_<chapter>_..., the speaker."""
+    return row.voice if row.front_end == "bundled" else row.voice.split("_")[0]
+
+
+def over_setting(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """``rate`` against a setting of the rows, and accepted / drafted, what the paper calls acceptance rate."""
+    parts = []
+    for value, group in rows.groupby(column, sort=True):
+        line = rate(judged(group).assign(value=value), "value")
+        parts.append(line.assign(of_drafted=ratio_of_sums(group.accepted, group.drafted)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def acceptance(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.DataFrame:
+    """All curves: columns curve, value, acceptance (accepted / judged), low, high, judged, n, of_drafted.
+
+    The curves against a setting vary that one alone, from (tolerance, draft_length, the
+    voice's temperature); those within the utterance are of that point, the position within the
+    draft of its longest draft.
+    """
+    ssd = rows[rows.method == "speculative"]
+    own = ssd.temperature.isna()
+    beta, length = np.isclose(ssd.tolerance.astype(float), tolerance), ssd.draft_length == draft_length
+    point = ssd[own & beta & length]
+    longest = ssd[own & beta]
+    longest = longest[longest.draft_length == longest.draft_length.max()]
+    heat = ssd[beta & length].copy()
+    heat["temperature"] = heat.temperature.fillna(heat.sampler.map(lambda s: s["temperature"]))
+    events = judged(point)
+    parts = np.minimum((events.along * PARTS).astype(int), PARTS - 1)
+    curves = {
+        "beta": over_setting(ssd[own & length], "tolerance"),
+        "L_d": over_setting(ssd[own & beta], "draft_length"),
+        "temperature": over_setting(heat, "temperature"),
+        "position in the draft": rate(judged(longest), "place"),
+        "along the utterance": rate(events.assign(part=(parts + 0.5) / PARTS), "part"),
+        "what the token carries": rate(events, "carries"),
+        "voice": over_setting(point.assign(speaker=[speaker(row) for row in point.itertuples()]), "speaker"),
+    }
+    return pd.concat([frame.assign(curve=name) for name, frame in curves.items()]).set_index("curve")

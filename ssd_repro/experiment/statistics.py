@@ -1,0 +1,134 @@
+"""Intervals and verdicts: what measurements of the same utterances can and cannot say.
+
+Everything is paired: the same text, voice and seed under two systems. Differences are
+ours - theirs, on the scale of ``MEASURES``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..errors import InputError
+
+DRAWS = 2000  # bootstrap resamples
+LEAST = 8  # utterances; of fewer a percentile interval says too little
+SHOWN_DIFFERENT, SHOWN_EQUIVALENT = "shown different", "shown equivalent"
+NOT_SHOWN, TOO_FEW = "no difference shown", f"fewer than {LEAST} utterances"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quality: a mean of ``top``, or, with ``bottom``, 100 x sum top / sum bottom over all utterances.
+
+    margin: differences smaller than this count as none; None: no equivalence is claimed.
+    """
+
+    name: str
+    top: str
+    bottom: str | None = None
+    margin: float | None = None
+    digits: int = 2
+
+
+MEASURES = (
+    Measure("WER, points", "word_errors", "words", 1.0, 1),
+    Measure("CER, points", "char_errors", "chars", None, 1),
+    Measure("P808 (NMOS)", "p808", None, 0.1),
+    Measure("OVRL", "ovrl"),
+    Measure("SIG", "sig"),
+    Measure("BAK", "bak"),
+    Measure("SS", "similarity", None, 0.02, 3),
+)
+MARGINS = "WER ± 1 point, P808 ± 0.1, SS ± 0.02"
+
+
+def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of ``statistic(*columns)``, whole utterances resampled, paired over columns.
+
+    columns (n,); ``statistic`` takes them as (draws, n) and reduces the last axis.
+    """
+    columns = [np.asarray(column, float) for column in columns]
+    pick = np.random.default_rng(seed).integers(len(columns[0]), size=(draws, len(columns[0])))
+    values = statistic(*(column[pick] for column in columns))
+    tail = 50 * (1 - level)
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def ratio_of_sums(a, b):
+    """Corpus ratio sum a / sum b over the last axis: WER, LM-RTF, acceptance."""
+    return np.asarray(a).sum(-1) / np.asarray(b).sum(-1)
+
+
+def corpus_speedup(base_seconds, base_size, seconds, size):
+    """Seconds a unit (of audio: LM-RTF; a token) of the baseline over the system's, each over all utterances."""
+    return ratio_of_sums(base_seconds, base_size) / ratio_of_sums(seconds, size)
+
+
+def verdict(inner: tuple[float, float], outer: tuple[float, float], margin: float | None, n: int) -> str:
+    """What is shown of a difference, from its 90 % interval ``inner`` and its 95 % interval ``outer``.
+
+    Equivalent: two one-sided tests at 5 %, that is, the 90 % interval within ± margin.
+    Different: the 95 % interval without 0, and not equivalent. Else nothing is shown, which
+    is not the same as equal.
+    """
+    if n < LEAST:
+        return TOO_FEW
+    if margin is not None and -margin < inner[0] and inner[1] < margin:
+        return SHOWN_EQUIVALENT
+    return SHOWN_DIFFERENT if outer[0] > 0 or outer[1] < 0 else NOT_SHOWN
+
+
+def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both in one order of text, voice and seed; InputError if they are not of the same utterances."""
+    same = ["text_id", "voice", "seed"]
+    ours, theirs = (rows.set_index(same).sort_index() for rows in (ours, theirs))
+    if not ours.index.equals(theirs.index) or not ours.index.is_unique:
+        raise InputError("the rows to compare are not of the same utterances: run the notebook again")
+    return ours, theirs
+
+
+def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> dict:
+    """Ours - theirs of one measure, rows of the same utterances -> difference, low, high, margin, verdict, n.
+
+    Utterances of which either is not known (no sound to judge) are left out of n.
+    """
+    names = [measure.top] + ([measure.bottom] if measure.bottom else [])
+    ours, theirs = paired(ours, theirs)
+    columns = [pd.to_numeric(rows[name]).to_numpy(float) for rows in (ours, theirs) for name in names]
+    known = ~np.isnan(columns).any(0)
+    columns, n = [column[known] for column in columns], int(known.sum())
+    if n == 0:
+        return {"difference": np.nan, "low": np.nan, "high": np.nan, "margin": measure.margin,
+                "verdict": "not heard", "n": 0}  # fmt: skip
+
+    def statistic(*c):
+        if measure.bottom:
+            return 100 * (ratio_of_sums(c[0], c[1]) - ratio_of_sums(c[2], c[3]))
+        return np.mean(c[0] - c[1], -1)
+
+    inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
+    return {"difference": float(statistic(*columns)), "low": outer[0], "high": outer[1], "margin": measure.margin,
+            "verdict": verdict(inner, outer, measure.margin, n), "n": n}  # fmt: skip
+
+
+def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFrame:
+    """Each system against ``base``, a line a measure -> columns system, measure, difference, ..., verdict."""
+    lines = []
+    for name, rows in systems.items():
+        lines += [{"system": name, "measure": m.name, **difference(rows, base, m)} for m in MEASURES]
+        lines.append({"system": name, "measure": "length ratio", **length_ratio(rows, base)})
+    return pd.DataFrame(lines).set_index("system")
+
+
+def length_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
+    """Seconds of audio over the baseline's, all utterances together; 'different' if the interval leaves 1 out."""
+    ours, theirs = paired(ours, theirs)
+    columns = ours.audio_seconds, theirs.audio_seconds
+    inner, outer = (bootstrap(ratio_of_sums, *columns, level=level) for level in (0.90, 0.95))
+    shifted = [(low - 1, high - 1) for low, high in (inner, outer)]
+    return {"difference": float(ratio_of_sums(*columns)), "low": outer[0], "high": outer[1], "margin": None,
+            "verdict": verdict(*shifted, None, len(ours)), "n": len(ours)}  # fmt: skip

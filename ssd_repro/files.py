@@ -1,0 +1,131 @@
+"""Files that a kill, a full disk or another process cannot spoil: locks, atomic writes, rows; and where the checkout is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import InputError
+
+
+@contextmanager
+def locked(path: Path):
+    """Only one process at a time; the system frees the lock of a killed one."""
+    import filelock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(
+            f"another run is writing into {path.parent}: wait until it ends, or choose another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write into {path.parent}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write beside and rename: a reader sees the old file or the new one. InputError on a full disk."""
+    handle = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as handle:
+            handle.write(content)
+        os.chmod(handle.name, 0o644)
+        os.replace(handle.name, path)
+    except OSError as error:
+        if handle:
+            Path(handle.name).unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}; what was there is kept") from error
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Add one line and wait until it is on the disk; on a full disk leave the file as it was."""
+    append_rows(path, [row])
+
+
+def append_rows(path: Path, rows) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    left = lines.encode()
+    try:
+        with path.open("ab", buffering=0) as handle:  # a buffer would write what is left of it when it closes
+            size = handle.tell()
+            try:
+                while left:
+                    left = left[handle.write(left) :]
+                os.fsync(handle.fileno())
+            except OSError:
+                os.truncate(path, size)
+                raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; the rows before are kept") from error
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what a killed run left after the last whole line."""
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """All whole lines of a rows file; none if there is no file yet."""
+    if not Path(path).exists():
+        return []
+    whole, _, _ = Path(path).read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise InputError(f"{path}, line {number} is not JSON: remove that line and run again") from None
+    return rows
+
+
+def source_tree() -> Path | None:
+    """The checkout that this package is imported from; None where it was copied on installing."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").exists() and (root / "notebooks").is_dir() else None
+
+
+def git_state() -> dict:
+    """Commit and whether anything but results differs from it; both None outside a checkout."""
+    root = source_tree()
+    if root is None:
+        return {"commit": None, "dirty": None}
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(root), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)results")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def cache_folder() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("ssd-repro"))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,333 @@
+"""CosyVoice 2 and Fun-CosyVoice 3 as speech language models: ids, prompt layout, lengths, files.
+
+Facts of FunAudioLLM/CosyVoice at ace7c47 (2026-03-16): cosyvoice/llm/llm.py, classes Qwen2LM
+and CosyVoice3LM, and ras_sampling of cosyvoice/utils/common.py.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
+
+from ..decoding.result import DecodeConfig
+from ..errors import InputError, check_number, first_line
+from .speech_lm import SpeechLM
+
+SPEECH_TOKENS = 6561  # the codes of the speech tokenizer; every id from here on is a mark
+END_OF_PROMPT = 151646  # <|endofprompt|> of the text tokenizer, in both versions
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ids of one CosyVoice version.
+
+    vocab      speech_embedding and llm_decoder have so many rows
+    sos, task  what begins the prompt and what ends its text: rows of llm_embedding (version
+               2) or of speech_embedding (version 3)
+    eos, fill  end of speech; 'more text please' of the streaming-text mode, unused here
+    """
+
+    version: int
+    vocab: int
+    sos: int
+    task: int
+    eos: int
+    fill: int
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that is no speech ends the sequence (upstream: stop_token_ids)."""
+        return tuple(range(SPEECH_TOKENS, self.vocab))
+
+    @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """What upstream's ignore_eos masks before the minimum length: this one id, in both versions.
+
+        In version 2 it is the end of speech, the other two stop tokens stay possible. In
+        version 3 it is sos: its end of speech, 6562, stays possible before the minimum length.
+        """
+        return (SPEECH_TOKENS,)
+
+
+LAYOUTS = {
+    2: Layout(2, SPEECH_TOKENS + 3, sos=0, task=1, eos=SPEECH_TOKENS, fill=SPEECH_TOKENS + 2),
+    3: Layout(
+        3,
+        SPEECH_TOKENS + 200,
+        sos=SPEECH_TOKENS,
+        eos=SPEECH_TOKENS + 1,
+        task=SPEECH_TOKENS + 2,
+        fill=SPEECH_TOKENS + 3,
+    ),
+}
+
+
+class CosyVoiceLM(SpeechLM):
+    """A SpeechLM that builds CosyVoice's prompt. ``layout``: its ids; ``llm_embedding``: version 2's marks.
+
+    A draft made from it (``make_draft``) is a plain SpeechLM and takes the same prefix.
+    """
+
+    def __init__(self, model: Qwen2Model, layout: Layout, bias: bool | None = None) -> None:
+        """bias: of the head; None is as released: version 2 has one, version 3 has none."""
+        super().__init__(model, layout.vocab, bias=layout.version == 2 if bias is None else bias)
+        self.layout = layout
+        self.llm_embedding = nn.Embedding(2, model.config.hidden_size) if layout.version == 2 else None
+
+    def prefix(self, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
+        """[sos, prompt text, text, task, prompt speech] -> embeddings (1, T, hidden).
+
+        text, prompt_text: text token ids (n,); prompt_speech: speech tokens (m,); all int64
+        and possibly empty but for text. InputError if an id is outside its vocabulary or if
+        version 3 finds no <|endofprompt|> (151646) in the texts.
+        """
+        words = torch.cat((prompt_text, text))
+        rows = self.model.embed_tokens.num_embeddings
+        if not len(text):
+            raise InputError("the text has no tokens; give at least one.")
+        _check_ids("a text token", words, rows)
+        _check_ids("a prompt speech token", prompt_speech, SPEECH_TOKENS)
+        if self.layout.version == 3 and not (words == END_OF_PROMPT).any():
+            raise InputError(
+                "CosyVoice 3 needs <|endofprompt|> (text token 151646) in the prompt text or the text, for "
+                "example 'You are a helpful assistant.<|endofprompt|>' before the prompt text."
+            )
+        marks = self.llm_embedding or self.speech_embedding
+        edge = marks(torch.tensor([self.layout.sos, self.layout.task], device=words.device))
+        words, speech = self.model.embed_tokens(words), self.speech_embedding(prompt_speech)
+        return torch.cat((edge[:1], words, edge[1:], speech))[None]
+
+
+def _check_ids(name: str, ids: Tensor, size: int) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise InputError(f"{name}s have dtype {ids.dtype} and {ids.dim()} dimensions; give int64 (n,).")
+    for token in ids[(ids < 0) | (ids >= size)][:1].tolist():
+        check_number(name, token, 0, size - 1, whole=True)
+
+
+def decode_config(layout: Layout, text_tokens: int, **fields) -> DecodeConfig:
+    """Upstream's lengths and stop tokens for a text of ``text_tokens`` tokens (prompt text not counted).
+
+    At least 2 and at most 20 speech tokens a text token (min_token_text_ratio,
+    max_token_text_ratio); fields: the others of DecodeConfig, which win.
+    """
+    check_number("text_tokens", text_tokens, 1, 50_000, whole=True)
+    lengths = {"min_tokens": 2 * text_tokens, "max_tokens": 20 * text_tokens}
+    ids = {"stop_ids": layout.stop_ids, "banned_ids": layout.banned_ids}
+    return DecodeConfig(**(lengths | ids | fields))
+
+
+# Files
+
+TEXT_MODEL = "CosyVoice-BlankEN"  # the folder of a released model with Qwen2's config.json and tokenizer
+QWEN2_05B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+}
+
+
+def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> CosyVoiceLM:
+    """The language model of CosyVoice 2 or Fun-CosyVoice 3, on the CPU, in eval mode.
+
+    path: a released model's folder (llm.pt, CosyVoice-BlankEN/config.json), one .pt file of
+    it (llm.rl.pt), or a folder in the Hugging Face form of upstream's
+    pretrained_to_huggingface.py (2) or convert_cosyvoice3_to_hf.py (3). InputError if it is
+    none of these, cut, or of another model: it names what is missing.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _load_released(path, dtype)
+    if (path / "llm.pt").is_file():
+        return _load_released(path / "llm.pt", dtype)
+    if (path / "config.json").is_file():
+        return _load_converted(path, dtype)
+    what = "holds neither llm.pt nor config.json" if path.is_dir() else "does not exist"
+    raise InputError(
+        f"{path} {what}: give a folder of CosyVoice 2 or Fun-CosyVoice 3 (llm.pt, {TEXT_MODEL}/config.json), a .pt "
+        "file from one, or a folder converted to the Hugging Face form"
+    )
+
+
+def _load_released(path: Path, dtype: torch.dtype) -> CosyVoiceLM:
+    """llm.pt: the state dict of upstream's Qwen2LM (2) or CosyVoice3LM (3)."""
+    state = _read_pt(path)
+    layout = _layout(state, "speech_embedding.weight", path)
+    state.pop("llm.model.lm_head.weight", None)  # the head of text: never used for speech
+    renamed = {}
+    for name, value in state.items():
+        head = name.replace("llm_decoder.", "head.") if name.startswith("llm_decoder.") else name
+        renamed[name.removeprefix("llm.model.") if name.startswith("llm.model.model.") else head] = value
+
+    def called(name: str) -> str:
+        return f"llm.model.{name}" if name.startswith("model.") else name.replace("head.", "llm_decoder.")
+
+    about = path.parent / TEXT_MODEL / "config.json"
+    config = _read_config(about) if about.is_file() else _infer_config(renamed, path, about)
+    return _assemble(config, layout, None, renamed, path, called, dtype)
+
+
+def _load_converted(folder: Path, dtype: torch.dtype) -> CosyVoiceLM:
+    """Speech tokens as text tokens <|s_0|>, ...: rows of embed_tokens and lm_head, cut out again."""
+    config = _read_config(folder / "config.json")
+    if config.vocab_size in [layout.vocab for layout in LAYOUTS.values()]:
+        raise InputError(
+            f"{folder} is the export for vLLM, which holds no text embeddings: give the folder with llm.pt"
+        )
+    try:
+        words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} has no readable tokenizer ({first_line(error)}): convert the model again") from None
+    if "<|s_0|>" not in words:
+        raise InputError(
+            f"{folder} is no converted CosyVoice: its tokenizer lacks <|s_0|>; for a released model give the folder "
+            "that holds llm.pt"
+        )
+    first, layout = words["<|s_0|>"], LAYOUTS[3 if "<|fill|>" in words else 2]
+    end = first + layout.vocab
+    state = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= _read_safetensors(file)
+    state.setdefault("lm_head.bias", None)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = len(state.get(name, ()))
+        if rows < end + 2 * (layout.version == 2):
+            raise InputError(f"{folder}: {name} has {rows} rows, too few for its speech tokens {first} to {end - 1}")
+    both, weight, bias = (state.pop(k) for k in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"))
+    state |= {
+        "model.embed_tokens.weight": both[:first],
+        "speech_embedding.weight": both[first:end],
+        "head.weight": weight[first:end],
+    }
+    if bias is not None:
+        state["head.bias"] = bias[first:end]
+    if layout.version == 2:
+        state["llm_embedding.weight"] = both[end : end + 2]
+    config.vocab_size = first
+    return _assemble(config, layout, bias is not None, state, folder, str, dtype)
+
+
+def _read_pt(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise InputError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull there")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint of tensors ({first_line(error)}): it is cut or another kind of file"
+        ) from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}: llm.pt holds a dict of tensors")
+    for name in ("epoch", "step"):  # upstream's trainer adds them
+        state.pop(name, None)
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise InputError(f"{path}: {_some(strange)} is no tensor; llm.pt holds tensors alone")
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}): it is cut or another kind of file") from None
+
+
+def _layout(state: dict[str, Tensor], name: str, path: Path) -> Layout:
+    if name not in state:
+        first = "it is a CosyVoice 1" if "text_encoder.embed.out.0.weight" in state else f"it has {_some(state)}"
+        raise InputError(f"{path} lacks {name}, so it is no language model of CosyVoice 2 or 3: {first}")
+    for layout in LAYOUTS.values():
+        if len(state[name]) == layout.vocab:
+            return layout
+    sizes = " or ".join(f"{layout.vocab} (CosyVoice {layout.version})" for layout in LAYOUTS.values())
+    raise InputError(f"{path}: {name} has {len(state[name])} rows; it must be {sizes}")
+
+
+def _read_config(path: Path) -> Qwen2Config:
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        kind = about["model_type"]
+        config = Qwen2Config.from_dict(about | {"pad_token_id": None}, attn_implementation="sdpa")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as a Qwen2 configuration ({first_line(error)})") from None
+    if kind != "qwen2" or set(config.layer_types) != {"full_attention"}:
+        raise InputError(f"{path} describes {kind} with {set(config.layer_types)}; it must be qwen2, full attention")
+    return config
+
+
+def _infer_config(state: dict[str, Tensor], path: Path, about: Path) -> Qwen2Config:
+    """Without config.json: the shapes of Qwen2.5-0.5B, whose heads and rotations are documented, or InputError."""
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    hidden, ffn = QWEN2_05B["hidden_size"], QWEN2_05B["intermediate_size"]
+    layers = QWEN2_05B["num_hidden_layers"]
+    rows = shapes.get("model.embed_tokens.weight", (0,))[0]
+    fits = (
+        shapes.get("model.layers.0.self_attn.q_proj.weight") == (hidden, hidden)
+        and shapes.get("model.layers.0.self_attn.k_proj.weight") == (128, hidden)
+        and shapes.get("model.layers.0.mlp.gate_proj.weight") == (ffn, hidden)
+        and f"model.layers.{layers - 1}.input_layernorm.weight" in shapes
+        and f"model.layers.{layers}.input_layernorm.weight" not in shapes
+    )
+    if not fits:
+        raise InputError(
+            f"{about} is missing and the weights of {path} are not of Qwen2.5-0.5B's shape ({layers} layers, hidden "
+            f"{hidden}), so heads and rotations are unknown: put the config.json of its Qwen2 there"
+        )
+    return Qwen2Config(
+        **QWEN2_05B,
+        num_key_value_heads=2,
+        vocab_size=rows,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        max_position_embeddings=32768,
+        attn_implementation="sdpa",
+    )
+
+
+def _assemble(
+    config: Qwen2Config,
+    layout: Layout,
+    bias: bool | None,
+    state: dict[str, Tensor],
+    path: Path,
+    called: Callable[[str], str],
+    dtype: torch.dtype,
+) -> CosyVoiceLM:
+    """Weights in our names -> the model; InputError with the file's names (``called``) if they do not fit."""
+    with torch.device("meta"):
+        lm = CosyVoiceLM(Qwen2Model(config), layout, bias)
+    expected = lm.state_dict()
+    wrong = {
+        "lacks": [called(name) for name in expected.keys() - state.keys()],
+        "has, unexpectedly,": [called(name) for name in state.keys() - expected.keys()],
+        "has the wrong shape in": [
+            f"{called(name)} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in expected.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    faults = "; ".join(f"{fault} {_some(sorted(names))}" for fault, names in wrong.items() if names)
+    if faults:
+        raise InputError(f"{path} is no whole language model of CosyVoice {layout.version}: it {faults}")
+    lm.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+    lm.model.rotary_emb = type(lm.model.rotary_emb)(lm.model.config)  # no weight: computed
+    return lm.eval()
+
+
+def _some(names) -> str:
+    """The first three names, and how many more."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

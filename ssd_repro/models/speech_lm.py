@@ -1,0 +1,139 @@
+"""A language model over speech tokens: a transformers decoder, a speech embedding and a head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, Qwen2Config, Qwen2Model
+
+from ..errors import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class SpeechLM(nn.Module):
+    """Prefix embeddings (1, T, hidden), then speech tokens -> speech-token logits (V).
+
+    model: a transformers decoder without head, full attention, used through inputs_embeds
+    (Qwen2Model here; its embed_tokens are the text's). Token x enters as
+    speech_embedding(x), comes out as row x of ``head``.
+    """
+
+    def __init__(self, model: Qwen2Model, speech_vocab: int, bias: bool = True) -> None:
+        super().__init__()
+        hidden = model.config.hidden_size
+        self.model = model
+        self.speech_embedding = nn.Embedding(speech_vocab, hidden)
+        self.head = nn.Linear(hidden, speech_vocab, bias=bias)
+
+    def prefix(self, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
+        """[prompt text, text, prompt speech] -> embeddings (1, T, hidden); all int64 (n,), marks among the text's ids.
+
+        The one place that says what stands before the first speech token to be said.
+        """
+        words = self.model.embed_tokens(torch.cat((prompt_text, text)))
+        return torch.cat((words, self.speech_embedding(prompt_speech)))[None]
+
+    def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
+        """Without a cache, causal: (B, T, hidden) -> logits (B, T, V). Pad batches on the right.
+
+        at: bool (B, T), of n places -> the logits of these alone, (n, V).
+        """
+        hidden = _decode(self.model, inputs_embeds, 0, None)
+        return self.head(hidden if at is None else hidden[at])
+
+    def session(self) -> Session:
+        return Session(self)
+
+    def cast(self, precision: str) -> SpeechLM:
+        """Parameters to 'fp32' or 'bf16', in place; a draft's shared ones change with its target's.
+
+        The rotary frequencies stay float32: ``to(torch.bfloat16)`` would round them too, and
+        at position 500 that is an angle wrong by up to a radian. InputError for another name.
+        """
+        if precision not in PRECISIONS:
+            raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(PRECISIONS[precision])
+        return self
+
+
+class Session:
+    """One sequence of a SpeechLM: it owns the cache, the model holds none.
+
+    ``length``: the positions in the cache, prefix included; counted here, so that nothing
+    is read from the device and another cache can take the place of DynamicCache.
+    """
+
+    def __init__(self, lm: SpeechLM, cache: Cache | None = None) -> None:
+        self.lm = lm
+        self.cache = DynamicCache(config=lm.model.config) if cache is None else cache
+        self.length = 0
+
+    def prefill(self, prefix: Tensor) -> Tensor:
+        """Embeddings (1, T, hidden), T >= 1 -> logits (1, V) of the last position."""
+        if self.length:
+            raise RuntimeError("a session is prefilled once; open a new one")
+        return self.lm.head(self._feed(prefix)[:, -1])
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Speech tokens (1, n) int64 -> logits (1, n, V), what follows each."""
+        return self.lm.head(self._feed(self.lm.speech_embedding(tokens)))
+
+    def crop(self, length: int) -> None:
+        """The one rollback: forget every position from ``length`` (at most self.length) on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} positions to {length}")
+        if length < self.length:  # transformers 5.0's crop(0) empties the cache, 5.20's does nothing
+            self.cache.crop(length - self.length)  # minus the number to remove
+        self.length = length
+
+    def _feed(self, embeddings: Tensor) -> Tensor:
+        hidden = _decode(self.lm.model, embeddings, self.length, self.cache)
+        self.length += embeddings.shape[1]
+        return hidden
+
+
+def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: Cache | None) -> Tensor:
+    """Run the decoder on (B, n, hidden) after ``past`` cached positions -> (B, n, hidden).
+
+    transformers would build its mask anew each call; of the three cases only the last needs
+    one: a single token sees everything, a first block is SDPA's own causal case, several
+    tokens after a cache see it and each other causally.
+    """
+    n, device = embeddings.shape[1], embeddings.device
+    mask = None
+    if n > 1 and past:
+        mask = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)[None, None]
+    return model(
+        inputs_embeds=embeddings,
+        attention_mask={"full_attention": mask},
+        position_ids=torch.arange(past, past + n, device=device)[None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def small_qwen2(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **other) -> Qwen2Model:
+    """A randomly initialised Qwen2 decoder; vocab: text tokens; other: Qwen2Config fields."""
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        attn_implementation="sdpa",
+        **other,
+    )
+    return Qwen2Model(config)
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda" for auto, cpu or cuda; InputError for another name, and for a GPU that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {device!r} is unknown: choose auto, cpu or cuda")
+    present = torch.cuda.is_available()
+    if device == "cuda" and not present:
+        raise InputError("device 'cuda' was asked for and this machine has none that torch can use: choose cpu or auto")
+    return ("cuda" if present else "cpu") if device == "auto" else device

@@ -1,0 +1,124 @@
+"""LibriTTS: an index of one subset, and zero-shot pairs from it (a sentence, another one of its speaker).
+
+The layout of the release: ``<speaker>/<chapter>/<id>.wav`` beside ``<id>.normalized.txt``.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError, first_line
+from ..files import cache_folder
+
+SECONDS = (
+    4.0,
+    10.0,
+)  # of sentences and of prompts, as the LibriSpeech test-clean protocol of zero-shot papers
+HUB_SUBSET = ("clean", "test.clean")  # configuration and split of mythicinfinity/libritts
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One utterance of a reader."""
+
+    id: str
+    speaker: str
+    text: str
+    audio: Path
+
+
+def index(source: str | Path) -> dict[str, Spoken]:
+    """Every utterance of a LibriTTS folder (or of a dataset's hub name) by id, in the order of ids.
+
+    InputError if there is none, or if the hub cannot be reached.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = from_hub(str(source))
+    found = {}
+    for text in sorted(folder.rglob("*.normalized.txt")):
+        name = text.name.removesuffix(".normalized.txt")
+        for audio in (text.with_name(f"{name}.wav"), text.with_name(f"{name}.flac")):
+            if audio.is_file():
+                found[name] = Spoken(name, name.split("_")[0], " ".join(text.read_text("utf-8").split()), audio)
+    if not found:
+        raise InputError(
+            f"{source} has no <speaker>/<chapter>/<id>.wav with its <id>.normalized.txt: give the folder of a "
+            "LibriTTS subset, such as LibriTTS/test-clean"
+        )
+    return found
+
+
+def pairs(known: dict[str, Spoken], count: int, seed: int = 0) -> list[tuple[Spoken, Spoken]]:
+    """``count`` times (what is to be said, the prompt), by ``seed`` alone.
+
+    The speakers take turns, so each has as many as the next while theirs last; a prompt is
+    another utterance of the same speaker. Both last 4 to 10 s. InputError if there are fewer.
+    """
+    dice = random.Random(seed)
+    speakers: dict[str, list[Spoken]] = {}
+    for one in known.values():
+        if SECONDS[0] <= seconds(one.audio) <= SECONDS[1]:
+            speakers.setdefault(one.speaker, []).append(one)
+    speakers = {name: own for name, own in sorted(speakers.items()) if len(own) > 1}
+    for own in speakers.values():
+        dice.shuffle(own)
+    longest = max(map(len, speakers.values()), default=0)
+    turns = [(own, i) for i in range(longest) for own in speakers.values() if i < len(own)]
+    if not 1 <= count <= len(turns):
+        raise InputError(
+            f"sentences must be a whole number from 1 to {len(turns)}, got {count}: so many utterances of 4 to 10 s "
+            "have another one of their speaker"
+        )
+    return [(own[i], dice.choice(own[:i] + own[i + 1 :])) for own, i in turns[:count]]
+
+
+def seconds(audio: Path) -> float:
+    import soundfile
+
+    return soundfile.info(audio).duration
+
+
+def from_hub(name: str) -> Path:
+    """test-clean of the hub's dataset ``name`` as a LibriTTS folder in the user's cache, made once."""
+
+    folder = cache_folder() / f"{name.replace('/', '--')}-test-clean"
+    if folder.is_dir():
+        return folder
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(name, HUB_SUBSET[0], split=HUB_SUBSET[1])
+        rows = rows.cast_column("audio", datasets.Audio(decode=False))
+    except ImportError:
+        raise InputError(
+            f"{name} is no folder, and for a dataset of the hub the package datasets is missing: give the folder of "
+            "LibriTTS test-clean, or `pip install datasets`"
+        ) from None
+    except Exception as error:
+        raise InputError(
+            f"{name} is no folder, and no dataset of the hub that can be read here ({first_line(error)}): give the "
+            "folder of LibriTTS test-clean, or a hub name such as mythicinfinity/libritts"
+        ) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        for row in rows:
+            place = Path(beside, "whole", *row["id"].split("_")[:2])
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{row['id']}.normalized.txt").write_text(row["text_normalized"], "utf-8")
+            (place / f"{row['id']}.wav").write_bytes(_bytes(row["audio"]))
+        try:
+            Path(beside, "whole").rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(Path(beside, "whole"))
+    return folder
+
+
+def _bytes(audio: dict) -> bytes:
+    return audio["bytes"] or Path(audio["path"]).read_bytes()

@@ -1,0 +1,169 @@
+"""Several processes: shares, merging, the two-process run of a notebook."""
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+import ssd_repro
+from ssd_repro import files as files_module
+from ssd_repro import processes
+from ssd_repro.errors import InputError
+from ssd_repro.experiment import metrics, tables
+from ssd_repro.experiment import rows as rows_module
+from ssd_repro.experiment import run as run_module
+from ssd_repro.experiment.systems import System
+from ssd_repro.models import checkpoints
+from ssd_repro.speech import sentences
+
+SYSTEMS = [System("autoregressive"), System("draft"), System("speculative", 0.4, 3)]
+TIMES = ["lm_seconds", "lm_seconds_each", "synthesis_seconds", "seconds", "base_lm_seconds", "base_prefill_seconds",
+         "base_synthesis_seconds", "processes"]  # fmt: skip
+
+
+def run(voice, folder, count=7, **other):
+    said = sentences.utterances(count, voice.names)
+    return run_module.run(voice, SYSTEMS, said, folder, "table1", **other)
+
+
+def as_rank(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+def files(folder):
+    return {path.name for path in (folder / "rows").glob("*.jsonl")}
+
+
+def test_shares_of_several_processes_are_the_rows_of_one(fake, tmp_path, monkeypatch):
+    alone = run(fake, tmp_path / "alone")
+    folder, fake.calls = tmp_path / "shared", []
+    shares = []
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        shares.append(set(run(fake, folder).key))
+    assert set.union(*shares) == set(alone.key) and sum(map(len, shares)) == len(alone) == 21
+    assert len(fake.calls) == 3 * 3 + 2 * 21  # every process warms up
+    assert files(folder) == {f"table1.rank{rank}.jsonl" for rank in range(3)}
+    as_rank(monkeypatch, 0, 1)
+    fake.calls = []
+    for _ in range(2):  # merging again changes nothing
+        merged = run(fake, folder)
+        assert set(merged.processes) == {3}
+        pd.testing.assert_frame_equal(merged.assign(processes=1), alone)
+        assert fake.calls == [] and files(folder) == {"table1.jsonl"}
+        assert len(files_module.read_rows(folder / "rows" / "table1.jsonl")) == 21
+
+
+def test_resumes_with_another_number_of_processes(fake, tmp_path, monkeypatch):
+    run(fake, tmp_path, count=1)  # one process, one sentence
+    as_rank(monkeypatch, 1, 3)
+    run(fake, tmp_path)  # two sentences more; its fellows were killed
+    with (tmp_path / "rows" / "table1.rank1.jsonl").open("a") as handle:
+        handle.write('{"half')
+    fake.calls = []
+    for rank in (0, 1):
+        as_rank(monkeypatch, rank, 2)
+        run(fake, tmp_path)
+    assert len(fake.calls) == 2 * 3 + 2 * 3 * (7 - 3)
+    as_rank(monkeypatch, 0, 1)
+    run(fake, tmp_path)
+    rows = files_module.read_rows(tmp_path / "rows" / "table1.jsonl")
+    assert len(rows) == len({row["key"] for row in rows}) == 21
+
+
+def test_a_killed_merge_loses_and_doubles_nothing(fake, tmp_path, monkeypatch):
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        run(fake, tmp_path, count=3)
+    as_rank(monkeypatch, 0, 1)
+    path = tmp_path / "rows" / "table1.jsonl"
+    parts = {part: part.read_bytes() for part in rows_module.rank_files(path)}
+    rows_module.merge_rows(path)
+    whole = path.read_bytes()
+    for cut in [0, *range(1, len(whole), len(whole) // 25), len(whole)]:
+        path.write_bytes(whole[:cut])  # the kill: so much was written, and no part removed
+        for part, data in parts.items():
+            part.write_bytes(data)
+        rows_module.merge_rows(path)
+        assert path.read_bytes() == whole and files(tmp_path) == {"table1.jsonl"}
+
+
+def test_a_part_is_removed_only_when_its_rows_are_kept(fake, tmp_path, monkeypatch):
+    as_rank(monkeypatch, 1, 2)
+    run(fake, tmp_path, count=2)
+    as_rank(monkeypatch, 0, 1)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        rows_module.merge_rows(tmp_path / "rows" / "table1.jsonl")
+    assert len(files_module.read_rows(tmp_path / "rows" / "table1.rank1.jsonl")) == 3
+
+
+def test_nobody_merges_while_a_process_writes(fake, tmp_path, monkeypatch):
+    as_rank(monkeypatch, 1, 2)
+    run(fake, tmp_path, count=2)
+    as_rank(monkeypatch, 0, 1)
+    with files_module.locked(tmp_path / "rows" / "table1.rank1.lock"):
+        with pytest.raises(InputError, match="another run is writing"):
+            run(fake, tmp_path, count=2)
+    assert files(tmp_path) == {"table1.rank1.jsonl"}
+    with files_module.locked(tmp_path / "rows" / "table1.lock"), pytest.raises(InputError, match="another run"):
+        as_rank(monkeypatch, 0, 2)
+        run(fake, tmp_path, count=2)
+
+
+def test_no_process_measures_while_another_is_timed(fake, tmp_path, monkeypatch):
+    """The warm-up, then blocks of decoding and of measuring, a barrier after each; a process without work still comes to all of them."""
+    order = []
+    decode, measure = fake.decode, metrics.metrics.measure
+    monkeypatch.setattr(fake, "decode", lambda *a, **k: order.append("decode") or decode(*a, **k))
+    monkeypatch.setattr(metrics.metrics, "measure", lambda *a: order.append("measure") or measure(*a))
+    monkeypatch.setattr(processes, "wait_for_all", lambda: order.append("wait"))
+    block = ["decode", "wait", "measure", "wait"]
+    warm = ["decode", "wait"]
+    for rank, expected in ((0, [*warm, *block, *block]), (1, [*warm, *block, "wait", "wait"])):
+        as_rank(monkeypatch, rank, 2)
+        order.clear()
+        run(fake, tmp_path, count=2 * run_module.BLOCK + 1, repeats=1)
+        short = [kind for i, kind in enumerate(order) if kind == "wait" or i == 0 or order[i - 1] != kind]
+        assert short == expected
+
+
+def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0"]  # fmt: skip
+    small = ["--only", "01", "-p", "sentences", "5"]
+    command = [*launch, "-m", "ssd_repro", "run", "--out", "out", *small]
+    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert files(out) == {"table1.jsonl"} and {p.name for p in out.glob("*.ipynb")} == {"01_table1.ipynb"}
+    assert len(files_module.read_rows(out / "rows" / "table1.jsonl")) == 15
+    table = tables.table1(run(fake, tmp_path / "alone", count=5))
+    tables.save(table, tmp_path / "alone", "table1", "")
+    one, two = (pd.read_csv(folder / "tables" / "table1.csv") for folder in (tmp_path / "alone", out))
+    pd.testing.assert_frame_equal(one, two)
+
+
+def _one_rank(rank, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    run(ssd_repro.load(device="cpu"), folder, count=2, repeats=1)
+
+
+@pytest.mark.skipif(not (checkpoints.BUNDLED / "voice.json").exists(), reason="no bundled voice in this checkout")
+def test_two_processes_with_the_bundled_voice(tmp_path):
+    pytest.importorskip("resemblyzer", reason="the extra eval is not installed")
+    torch.multiprocessing.spawn(_one_rank, (tmp_path / "two",), nprocs=2)
+    voice = ssd_repro.load(device="cpu")
+    two = run(voice, tmp_path / "two", count=2, repeats=1)
+    one = run(voice, tmp_path / "one", count=2, repeats=1)
+    assert files(tmp_path / "two") == {"table1.jsonl"} and len(one) == 6
+    pd.testing.assert_frame_equal(one.drop(columns=TIMES), two.drop(columns=TIMES))
