@@ -28,7 +28,8 @@ class FakeFront(Bundled):
 
     def __init__(self):
         codec = SimpleNamespace(config=CodecConfig(), decode=lambda tokens, _: tone(len(tokens) / 25))
-        super().__init__(codec, {"voices": VOICES, "sampler": {}, "token_text_ratio": (1, 20), "speech_vocab": 6564}, None)
+        about = {"voices": VOICES, "sampler": {}, "token_text_ratio": (1, 20), "speech_vocab": 6564}
+        super().__init__(codec, about, None)
 
     def reference(self, voice):
         return tone(2.0 + self.names.index(voice))

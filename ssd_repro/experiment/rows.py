@@ -42,7 +42,7 @@ def measured(takes: list) -> dict:
         "audio_seconds": take.audio_seconds,
         "lm_seconds": _median(t.lm_seconds for t in takes),
         "lm_seconds_each": [round(t.lm_seconds, 6) for t in takes],
-        "synthesis_seconds": _median(t.synthesis_seconds for t in takes),
+        "synthesis_seconds": _median(t.rtf * t.audio_seconds for t in takes),
         "seconds": {k: _median(t.seconds[k] for t in takes) for k in take.seconds},
         "target_calls": take.target_calls,
         "draft_calls": take.draft_calls,
@@ -60,7 +60,7 @@ def baseline(takes: list) -> dict:
         "base_audio_seconds": takes[0].audio_seconds,
         "base_lm_seconds": _median(t.lm_seconds for t in takes),
         "base_prefill_seconds": _median(t.seconds["prefill"] for t in takes),
-        "base_synthesis_seconds": _median(t.synthesis_seconds for t in takes),
+        "base_synthesis_seconds": _median(t.rtf * t.audio_seconds for t in takes),
     }
 
 

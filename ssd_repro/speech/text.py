@@ -107,15 +107,13 @@ def plain_phones(ids: list[int]) -> list[int]:
     return [SYMBOL_ID[s] for s in bare if s not in PUNCTUATION]
 
 
-def prompt_and_text(
-    phones: list[int], voice: str | None, prompt_phones: Sequence[int] = ()
-) -> tuple[list[int], list[int]]:
-    """(prompt text, text) of ``SpeechLM.prefix``, in CosyVoice's layout; the prompt's speech tokens follow.
+def prompt(phones: Sequence[int], voice: str | None, prompt_phones: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+    """Phones -> (prompt text, text), text ids in CosyVoice's layout (``SpeechLM.prefix``).
 
-    Zero-shot, as CosyVoice's: [start][prompt phones...][space] and [phones...][task]. Without
-    prompt phones a token of the voice stands for the prompt: [start][voice] and [phones...][task].
+    With a voice: [start][voice] and [phones...][task]. Zero-shot, as CosyVoice's: [start][prompt
+    phones...][space] and [phones...][task], to be followed by the prompt's speech tokens; no voice token.
     """
-    before = [*prompt_phones, SYMBOL_ID[" "]] if prompt_phones else [len(SYMBOLS) + VOICES.index(voice)]
+    before = [*prompt_phones, SYMBOL_ID[" "]] if len(prompt_phones) else [len(SYMBOLS) + VOICES.index(voice)]
     return [START, *before], [*phones, TASK]
 
 

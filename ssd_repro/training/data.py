@@ -31,11 +31,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..decoding.result import DecodeConfig
 from ..errors import InputError
-from ..models.checkpoints import load_voice
 from ..models.cosyvoice import END_OF_PROMPT, SPEECH_TOKENS, CosyVoiceLM, load_cosyvoice
+from ..models.cosyvoice import decode_config as cosyvoice_config
 from ..models.speech_lm import SpeechLM
-from ..speech.bundled import Bundled, decode_config
-from ..speech.text import VOICES, prompt_and_text
+from ..speech.load import load
+from ..speech.text import VOICES, prompt
+from ..speech.voice import decode_config
 
 
 def _none() -> np.ndarray:
@@ -134,10 +135,11 @@ def _voice_rows(prompts: dict[str, dict], row: dict) -> list[Example]:
     if row["voice"] not in VOICES:
         raise ValueError(f"voice {row['voice']!r} is none of {', '.join(VOICES)}")
     shown = prompts.get(row["voice"], {"phones": [], "codes": []})
-    before, text = (_ids("phones", ids) for ids in prompt_and_text(row["phones"], row["voice"], shown["phones"]))
-    around = {"prompt_text": before, "prompt_speech": _ids("codes", shown["codes"])}
+    whole = _ids("phones", prompt(row["phones"], row["voice"], shown["phones"]))
+    edge = len(whole) - len(row["phones"]) - 1
+    around = {"prompt_text": whole[:edge], "prompt_speech": _ids("codes", shown["codes"])}
     return [
-        Example(f"{row['id']}/{i}", text, _ids("codes", codes), **around)
+        Example(f"{row['id']}/{i}", whole[edge:], _ids("codes", codes), **around)
         for i, codes in enumerate(row["codes"])
     ]
 
@@ -149,15 +151,16 @@ def cosyvoice_target(lm: CosyVoiceLM) -> Target:
         return lm.prefix(text, prompt_text, prompt_speech)
 
     needed = (END_OF_PROMPT,) if lm.layout.version == 3 else ()
-    return Target(lm, SPEECH_TOKENS, lm.layout.eos, prefix, lm.layout.config, needed=needed)
+    return Target(lm, SPEECH_TOKENS, lm.layout.eos, prefix, partial(cosyvoice_config, lm.layout), needed=needed)
 
 
 def load_target(path: Path) -> Target:
     """A voice folder, or what ``cosyvoice_lm.load_cosyvoice`` reads. InputError if it is neither, or damaged."""
     if (Path(path) / "voice.json").is_file():
-        codec, lm, _, about = load_voice(Path(path))
-        sampler, ratio = Bundled(codec, about, Path(path)).sampler, about["token_text_ratio"]
-        return voice_target(lm.requires_grad_(False), codec.config.codebook_size, sampler, ratio, about.get("prompts"))
+        voice = load(path, "cpu")
+        ratio = voice.about["token_text_ratio"]
+        prompts = voice.about.get("prompts")
+        return voice_target(voice.target, voice.codec.config.codebook_size, voice.sampler, ratio, prompts)
     return cosyvoice_target(load_cosyvoice(path))
 
 

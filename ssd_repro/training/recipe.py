@@ -177,8 +177,8 @@ def begun(begin: str, average: float = 0.0) -> Path | SpeechLM | None:
 
 def kept_examples(of: Voice) -> tuple[Path, list[dict[str, str]], dict[str, dict]]:
     """A voice folder's folder of references, and what ``choose_examples`` once chose for it."""
-    source = of.front.folder / "references"
-    return source, corpus.read_metadata(source / "metadata.csv"), of.front.about["prompts"]
+    source = of.folder / "references"
+    return source, corpus.read_metadata(source / "metadata.csv"), of.about["prompts"]
 
 
 def tokens_file(tokens: str, work: Path) -> Path:
@@ -302,7 +302,7 @@ def voice_rows(
 
     # A row stays as long as what spoke it does: a new target leaves the teacher's and the codec's.
     spoke = {"teacher": {"weights": "Kokoro-82M v1.0 int8"},
-             "codec": {"weights": voice.front.about["sha256"]["codec.safetensors"][:12]},
+             "codec": {"weights": voice.about["sha256"]["codec.safetensors"][:12]},
              "autoregressive": {"weights": voice.weights_id, **vars(voice.sampler)}}  # fmt: skip
     systems = {name: {"system": name, **by} for name, by in spoke.items()}
     return _measured(voice, systems, render, said, folder / "rows" / "voice.jsonl", whisper, progress)
@@ -317,7 +317,7 @@ def _measured(voice, systems: dict[str, dict], render, said, path: Path, whisper
     with files.locked(path.with_suffix(".lock")):
         files.drop_half_line(path)
         rows = {row["key"]: row for row in files.read_rows(path)}
-        heard = {"whisper": whisper or "base", "references": rows_module.key(voice.front.about["references"])}
+        heard = {"whisper": whisper or "base", "references": rows_module.key(voice.about["references"])}
         keys = []
         for one in progress(said):
             for name, own in systems.items():
@@ -355,8 +355,8 @@ def _render(voice, system: str, spoken: np.ndarray, states: Hint, one) -> tuple[
     tokens = len(spoken) // (SAMPLE_RATE // TOKEN_RATE)
     world = torch.from_numpy(analyse(spoken)[: FRAMES_PER_TOKEN * tokens])
     with torch.no_grad():
-        codes = voice.front.codec.encode(world[None], torch.from_numpy(states(spoken, tokens))[None])[0]
-    return voice.front.codec.decode(codes, voice.names.index(one.voice)), True
+        codes = voice.codec.encode(world[None], torch.from_numpy(states(spoken, tokens))[None])[0]
+    return voice.codec.decode(codes, voice.names.index(one.voice)), True
 
 
 def voice_table(rows: pd.DataFrame) -> pd.DataFrame:

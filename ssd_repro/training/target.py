@@ -17,7 +17,7 @@ from ..models.codec import (
 )
 from ..models.draft import draft_layers
 from ..models.speech_lm import SpeechLM, small_qwen2
-from ..speech.text import SYMBOLS, TEXT_VOCABULARY, prompt_and_text
+from ..speech.text import SYMBOLS, TEXT_VOCABULARY, prompt
 from .loop import Schedule, fit
 from .splice import Utterance, by_voice, splice, words
 
@@ -207,7 +207,7 @@ def layout(
     before: list[Utterance | None] | None = None,
     prompted_only: bool = False,
 ) -> Rows:
-    """A padded batch with its labels, in one of the two layouts of text.prompt_and_text.
+    """A padded batch with its labels, in one of the two layouts of text.prompt.
 
     Alone: [start][voice][phones...][task][speech tokens...]. With an utterance of the same voice
     ``before`` it: [start][its phones][phones][task][its speech][speech], and no voice token. Both
@@ -216,7 +216,7 @@ def layout(
     stop = codec.config.codebook_size
     heads, spoken, told, fronts = [], [], [], []  # text ids, codes, their phones; tokens before the utterance
     for w, u in zip(before or [None] * len(batch), batch):
-        heads.append(sum(prompt_and_text(u.phones, None if w else u.voice, w.phones if w else ()), []))
+        heads.append(prompt(u.phones, None if w else u.voice, w.phones if w else ()))
         shifts = [(v, rng.randrange(len(v.codes))) for v in (w, u) if v]
         spoken.append([code for v, k in shifts for code in v.codes[k]])
         told.append([phone for v, k in shifts for phone in v.aligned[k]])

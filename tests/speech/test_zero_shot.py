@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from importlib import metadata
 
@@ -61,19 +62,24 @@ def released(tmp_path_factory):
     write_libritts(root / "data")
     torch.manual_seed(0)
     small = WavLMConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, tdnn_dim=(16,) * 5, xvector_output_dim=16,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        tdnn_dim=(16,) * 5,
+        xvector_output_dim=16,
+    )
     WavLMForXVector(small).save_pretrained(root / "speaker")
     Wav2Vec2FeatureExtractor().save_pretrained(root / "speaker")
     return root
 
 
 def load(released, front_end, **other):
-    return ssd_repro.load(
-        released / "weights", "cpu", draft=str(released / "draft"), data=str(released / "data"), front_end=front_end,
-        **other,
-    )  # fmt: skip
+    brought = {"draft": str(released / "draft"), "data": str(released / "data")}
+    return ssd_repro.load(released / "weights", "cpu", front_end=front_end, **brought, **other)
 
 
 @pytest.fixture
@@ -137,7 +143,7 @@ def test_the_hubs_rows_become_the_same_folder(released, tmp_path, monkeypatch):
 
     fake = types.SimpleNamespace(load_dataset=load_dataset, Audio=lambda decode: "undecoded" if not decode else "")
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(libritts, "cache_folder", lambda: tmp_path / "cache")
     for _ in range(2):  # the second time from the cache
         found = libritts.index("someone/libritts")
         assert calls == [(("someone/libritts", "clean"), {"split": "test.clean"})]
@@ -161,9 +167,31 @@ def test_speaks_as_the_bundled_voice_does(released, upstream, front_end):
     assert takes[0].token_ids == voice.speak(said.text, "autoregressive", said.voice, seed=3).token_ids
     prompt = voice.front.enrol(said.voice)
     seconds = soundfile.info(voice.front.known[said.voice].audio).duration
-    assert abs(len(prompt.speech) - 25 * seconds) <= 1 and len(prompt.text) == len(voice.front.known[said.voice].text.split())
+    assert abs(len(prompt.speech) - 25 * seconds) <= 1 and len(prompt.text) == len(
+        voice.front.known[said.voice].text.split()
+    )
     assert voice.prefix([1, 2], said.voice).shape == (1, 4 + len(prompt.text) + len(prompt.speech), 32)
     assert voice.audible == (front_end == "upstream") == bool(takes[0].audio.any())
+
+
+@pytest.mark.parametrize("method", ssd_repro.METHODS)
+def test_a_stop_token_first_is_an_empty_take(released, method):
+    """CosyVoice bans 6561 alone before the shortest length: its other stop tokens may come at once."""
+    voice = load(released, "tokens")
+    for lm in (voice.target, voice.draft):
+        lm.head.bias.data[6562] = 1e4
+    take = voice.speak("a b c", method, voice.names[0])
+    assert take.token_ids == () and len(take.audio) == 0 and take.lm_rtf is None and take.stopped
+    assert take.lm_seconds > 0 and json.loads(json.dumps(take.summary()))["tokens"] == 0
+    assert "0 tokens" in take._repr_html_() and take.wav()[:4] == b"RIFF"
+
+
+@pytest.mark.parametrize("method", ssd_repro.METHODS)
+def test_enrolling_a_prompt_is_in_no_time(released, monkeypatch, method):
+    voice = load(released, "tokens")
+    tokens = voice.front.speech_tokens
+    monkeypatch.setattr(voice.front, "speech_tokens", lambda audio: time.sleep(2) or tokens(audio))
+    assert sum(voice.speak("a b", method, voice.names[1]).seconds.values()) < 2
 
 
 def test_upstreams_pieces_are_joined_without_a_pause(released, upstream):
@@ -238,8 +266,20 @@ def test_wavlm_is_transformers_own(released):
 
 def run(released, folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([FAKE_UPSTREAM, str(ROOT)])}
-    command = [sys.executable, "-m", "ssd_repro", "run", "--profile", "paper", "--only", "00", "01", "--out", "out",
-               *arguments]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "ssd_repro",
+        "run",
+        "--profile",
+        "paper",
+        "--only",
+        "00",
+        "01",
+        "--out",
+        "out",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -253,8 +293,8 @@ def test_the_profile_paper_says_what_is_missing(tmp_path):
 def test_the_profile_paper_runs_end_to_end(released, tmp_path):
     """All of it but its size, two models that need a network (base for large-v3, a tiny WavLM), and the
     compiler's C++: forwards are traced and not compiled (test_static does that)."""
-    own = {"weights": released / "weights", "draft": released / "draft", "data": released / "data",
-           "speaker": released / "speaker", "whisper": "", "sentences": 2, "text": "a b c", "device": "cpu"}  # fmt: skip
+    own = {name: released / name for name in ("weights", "draft", "data", "speaker")}
+    own |= {"whisper": "", "sentences": 2, "text": "a b c", "device": "cpu"}
     done = run(released, tmp_path, *(str(x) for name, value in own.items() for x in ("-p", name, value)))
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"

@@ -30,7 +30,7 @@ def test_notebooks_11_to_13_make_a_voice_that_loads(tmp_path):
     made = ssd_repro.load(work / "voice", device="cpu")
     assert made.target.model.config.num_hidden_layers == 4
     assert len(made.draft.model.layers) == 2
-    assert set(made.front.about["references"]) == set(made.names)
+    assert set(made.about["references"]) == set(made.names)
     assert made.reference("bf_emma").std() > 0.01
     tokens = work / "tokens.jsonl"
     assert len(tokens.read_text().splitlines()) == 6
@@ -67,11 +67,8 @@ def test_a_new_target_leaves_the_rows_of_teacher_and_codec(tmp_path, monkeypatch
     soundfile.write(tmp_path / "t_af_heart.flac", np.ones(9) / 2, 24_000)
     voice = SimpleNamespace(
         names=("af_heart",), weights_id="a", sampler=Sampler(), reference=lambda name: np.ones(9),
-        front=SimpleNamespace(about={"sha256": {"codec.safetensors": "c" * 64}, "references": {"af_heart": "x.flac"}}),
+        about={"sha256": {"codec.safetensors": "c" * 64}, "references": {"af_heart": "x.flac"}},
     )  # fmt: skip
-
-    def front(about):
-        return SimpleNamespace(about=about)
 
     def again(**changed):
         made.clear()
@@ -84,8 +81,8 @@ def test_a_new_target_leaves_the_rows_of_teacher_and_codec(tmp_path, monkeypatch
     assert again() == []
     assert again(weights_id="b") == ["autoregressive"]
     assert again(sampler=Sampler(temperature=0.5)) == ["autoregressive"]
-    assert again(front=front(voice.front.about | {"sha256": {"codec.safetensors": "d" * 64}})) == ["codec"]
-    assert again(front=front(voice.front.about | {"references": {"af_heart": "y.flac"}})) == list(SYSTEMS)
+    assert again(about=voice.about | {"sha256": {"codec.safetensors": "d" * 64}}) == ["codec"]
+    assert again(about=voice.about | {"references": {"af_heart": "y.flac"}}) == list(SYSTEMS)
 
 
 def test_the_hint_leaves_torch_its_threads():
@@ -143,7 +140,7 @@ def test_the_bundled_tokens_are_of_the_manifest_and_what_a_draft_can_learn_from(
     for u in utterances[::100]:
         assert u.phones == phone_ids(manifest[u.id]["text"], language(u.voice))
     voice = ssd_repro.load(device="cpu")
-    described = data.voice_target(voice.target, 6561, voice.sampler, (1.2, 2.6), voice.front.about["prompts"])
+    described = data.voice_target(voice.target, 6561, voice.sampler, (1.2, 2.6), voice.about["prompts"])
     groups = data.read_data(path, described)
     assert len(groups) == 2074 and groups[0][0].speech.tolist() == utterances[0].codes[0]
     with pytest.raises(InputError, match="run notebook 11 first"):
