@@ -16,7 +16,7 @@ class Utterance:
     text_id: str
     text: str
     voice: str
-    seed: int
+    seed: int = 0
 
 
 def evaluation_sentences(part: str = "eval") -> list[tuple[str, str]]:

@@ -174,15 +174,14 @@ def plain_phones(ids: list[int]) -> list[int]:
     return [SYMBOL_ID[s] for s in bare if s not in PUNCTUATION]
 
 
-def prompt(phones: list[int], voice: str | None, prompt_phones: Sequence[int] = ()) -> list[int]:
-    """Text ids in CosyVoice's layout; speech tokens follow.
+def prompt(phones: Sequence[int], voice: str | None, prompt_phones: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+    """Phones -> (prompt text, text), text ids in CosyVoice's layout (``SpeechLM.prefix``).
 
-    With a voice: [start][voice][phones...][task]. Zero-shot, as CosyVoice's: [start][prompt
-    phones...][space][phones...][task], then the prompt's speech tokens, and no voice token.
+    With a voice: [start][voice] and [phones...][task]. Zero-shot, as CosyVoice's: [start][prompt
+    phones...][space] and [phones...][task], to be followed by the prompt's speech tokens; no voice token.
     """
-    if prompt_phones:
-        return [START, *prompt_phones, SYMBOL_ID[" "], *phones, TASK]
-    return [START, len(SYMBOLS) + VOICES.index(voice), *phones, TASK]
+    before = [*prompt_phones, SYMBOL_ID[" "]] if len(prompt_phones) else [len(SYMBOLS) + VOICES.index(voice)]
+    return [START, *before], [*phones, TASK]
 
 
 def language(voice: str) -> str:

@@ -104,9 +104,9 @@ class Voice:
         A voice folder without prompts has a token for each voice instead (text.prompt).
         """
         shown = self.about.get("prompts", {}).get(voice, {"phones": [], "codes": []})
-        ids = torch.tensor([prompt(phones, voice, shown["phones"])], device=self.device)
-        codes = torch.tensor([shown["codes"]], dtype=torch.long, device=self.device)
-        return torch.cat([self.target.model.embed_tokens(ids), self.target.speech_embedding(codes)], 1)
+        before, text = prompt(phones, voice, shown["phones"])
+        ids = (torch.tensor(part, dtype=torch.long, device=self.device) for part in (text, before, shown["codes"]))
+        return self.target.prefix(*ids)
 
     def text_ids(self, text: str, voice: str) -> list[list[int]]:
         """Text token ids of each piece of ``text``."""
