@@ -216,7 +216,9 @@ def collate(
     for one in examples:
         text, prompt_text, prompt_speech, said = (torch.from_numpy(part).long().to(device) for part in one.parts)
         shown = torch.cat((prompt_speech, said))
-        embedded = lm.prefix(text, prompt_text, shown if noise is None else noise(shown))[0]  # speech goes on like a prompt
+        embedded = lm.prefix(text, prompt_text, shown if noise is None else noise(shown))[
+            0
+        ]  # speech goes on like a prompt
         due = torch.cat((said, said.new_tensor([stop] * one.stopped)))
         kept = torch.ones_like(due, dtype=torch.bool)
         kept[list(one.cuts)] = False
