@@ -93,6 +93,11 @@ def busy(rows: pd.DataFrame) -> float | None:
     return float((load > BUSY_CORES).mean()) if len(load) else None
 
 
+def count_empty(rows: pd.DataFrame) -> int:
+    """How many utterances came out empty; rows made before there was that field say nothing, and count as spoken."""
+    return int(rows["empty"].eq(True).sum()) if "empty" in rows else 0  # rows.empty is pandas' own
+
+
 def row_settings(system: System, utterance: Utterance, context: dict, models: dict) -> dict:
     """What a row is of; ``models``: those that score it, of no weight for a row that is not scored."""
     return {**asdict(system), **asdict(utterance), **context, **(models if system.scored else {})}
