@@ -204,9 +204,9 @@ def run_tokenise(options) -> int:
 def run_train_draft(options) -> int:
     from dataclasses import fields
 
-    names = [field.name for field in fields(draft.Settings)]
+    names = [field.name for field in fields(draft.Settings) if field.name != "until"]
     settings = draft.Settings(**{name: getattr(options, name) for name in names})
-    rest = {name: getattr(options, name) for name in ("held_out", "longest", "samples", "device")}
+    rest = {name: getattr(options, name) for name in ("recipe", "loss", "held_out", "longest", "samples", "device")}
     draft.train(options.target, options.data, options.out, settings, **rest, log=_to_stderr)
     if _first_process():
         print(options.out / "draft.json")

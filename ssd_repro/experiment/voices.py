@@ -13,6 +13,7 @@ import torch
 from ..decoding.sampling import Sampler
 from ..files import append_row, drop_half_line
 from ..speech.sentences import Utterance
+from ..speech.text import language, phone_ids
 from . import metrics
 from .provenance import row_context
 from .rows import key, locked_rows, rows_of_folder
@@ -79,7 +80,7 @@ def score_samplers(voice, samplers: dict[str, Sampler], utterances, folder, whis
     """The target alone under each sampler; lengths are speech tokens per text token."""
 
     def render(one: Utterance, name: str) -> tuple[np.ndarray, bool, float]:
-        (phones,) = voice.text_ids(one.text, one.voice)
+        phones = phone_ids(one.text, language(one.voice))
         generator = torch.Generator(voice.device).manual_seed(one.seed)
         result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=samplers[name])
         return voice.vocode(result.tokens, one.voice), result.stopped, len(result.tokens) / len(phones)

@@ -205,11 +205,12 @@ def train_codec(
     out: Path,
     phone_weight: float = 0.25,
     kept: Codec | None = None,
-    config: CodecConfig = CodecConfig(),
+    config: CodecConfig | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[CodecTask, list[dict]]:
     """Train codec and phone head together, or for a ``kept`` codec the head -> (task on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
+    config = config or CodecConfig()
     task = CodecTask(learned, config, phone_weight, kept)
     facts = {"phone_weight": phone_weight, "begin": weights_sha256(kept, torch.float32) if kept else ""}
     facts |= {"config": asdict(config), "data": features_sha256(learned), "dev": features_sha256(dev)}
