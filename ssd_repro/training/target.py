@@ -123,7 +123,8 @@ class TargetTask(Task):
         """Begin with the weights of ``lm``, of the same sizes: the phone heads alone stay random."""
         self.lm.model.load_state_dict(lm.model.state_dict())
         self.lm.head.bias.copy_(lm.head.bias)
-        self.lm.speech_embedding.weight, self.lm.head.weight = lm.speech_embedding.weight, lm.head.weight
+        self.lm.speech_embedding.weight = lm.speech_embedding.weight.detach()
+        self.lm.head.weight = lm.head.weight.detach()
 
     def labels(self, item: Example) -> int:
         return item.labels

@@ -333,21 +333,6 @@ def test_cosyvoice(version, tmp_path):
     assert len(draft.model.layers) == 2 and (draft.head.bias is None) == (version == 3)
 
 
-def test_every_epoch_shows_every_batch_once_and_depends_on_the_seed_alone():
-    rng = np.random.default_rng(0)
-    sizes = [*rng.integers(1, 99, 22), 999]  # one is always the longest
-    examples = [Example(str(i), np.zeros(1, np.int32), np.zeros(n, np.int32)) for i, n in enumerate(sizes)]
-
-    def ids(batches, steps):
-        return [[one.id for one in batches(step)] for step in steps]
-
-    order = Batches(examples, 5, 3)
-    epochs = [ids(order, range(4 * e, 4 * e + 4)) for e in range(30)]
-    assert all(len({i for batch in epoch for i in batch}) == 20 for epoch in epochs)
-    assert {i for epoch in epochs for batch in epoch for i in batch} == {one.id for one in examples}
-    assert ids(Batches(examples, 5, 3), [77, 2]) == ids(order, [77, 2]) != ids(Batches(examples, 5, 4), [77, 2])
-
-
 # What is loaded
 
 
