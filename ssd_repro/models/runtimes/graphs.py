@@ -35,7 +35,7 @@ class StaticLM:
         check_number("max_length", max_length, 1, 1_000_000, whole=True)
         if compile and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             raise InputError(
-                f"this torch is {torch.__version__}: compiled forwards need a torch.compile with isolate_recompiles (2.13)"
+                f"torch {torch.__version__} is too old to compile forwards: its torch.compile lacks isolate_recompiles"
             )
         self.lm, self.max_length, self.compile = lm, max_length, compile
         self.positions = torch.arange(max_length, device=lm.head.weight.device)
