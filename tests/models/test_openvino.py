@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_tokens():
 
 
 def test_the_plugin_finds_its_patterns():
-    """A kernel of attention and cache in each layer, two of the rotary embedding; without, a step takes twice its time."""
+    """Attention and cache are one kernel, the rotary embedding another; without them a step takes twice its time."""
     kinds = Counter(str(op.get_rt_info()["layerType"].value) for op in FAST.compiled.get_runtime_model().get_ops())
     assert kinds["ScaledDotProductAttention"] == 4 and kinds["RoPE"] == 8 and kinds["RMS"] == 9
 
@@ -97,11 +97,13 @@ def test_other_geometries(heads, kv_heads, bias):
     torch.testing.assert_close(fast.extend(tokens), eager.extend(tokens), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif("BF16" not in runtime.capabilities(), reason="this CPU does not compute in bf16")
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
 @torch.inference_mode()
-def test_bf16_is_near():
+def test_fewer_bits_are_near(precision):
+    if precision == "bf16" and "BF16" not in runtime.capabilities():
+        pytest.skip("this CPU does not compute in bf16")
     prefix, tokens = torch.randn(1, 5, 16, generator=generator()), torch.tensor([[1, 2, 3]])
-    fast, exact = runtime.OpenVINOLM(TARGET, 1, "bf16").session(), FAST.session()
+    fast, exact = runtime.OpenVINOLM(TARGET, 1, precision).session(), FAST.session()
     near = fast.prefill(prefix) - exact.prefill(prefix), fast.extend(tokens) - exact.extend(tokens)
     assert all(0 < error.abs().max() < 0.3 for error in near)
 

@@ -37,9 +37,7 @@ def choose_runtime(runtime: str, device: str) -> str:
     if runtime != "auto":
         return runtime
     if on_cpu and not installed:
-        warnings.warn(
-            "openvino is not installed: the eager runtime takes its place, two to three times slower", stacklevel=3
-        )
+        warnings.warn("openvino is not installed: the eager runtime takes its place, at half its speed", stacklevel=3)
     return "openvino" if on_cpu and installed else "eager"
 
 

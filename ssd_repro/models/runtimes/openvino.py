@@ -22,7 +22,7 @@ from transformers import Qwen2Model
 from ...errors import InputError
 from ..speech_lm import SpeechLM
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of products; int8 is of weights alone
 ROOM = 1024  # positions; tables and masks grow by doubling
 
 
@@ -40,8 +40,8 @@ class OpenVINOLM:
     """A SpeechLM whose forwards OpenVINO runs; takes its place wherever sessions are asked for.
 
     lm: on the CPU in fp32, its decoder a Qwen2Model with full attention. threads: of a forward.
-    precision: 'fp32', or 'bf16' where the CPU computes in it (weights and products; logits come as
-    float32). InputError if one of these cannot be had.
+    precision: 'fp32'; 'int8' weights, a scale for each output, products in fp32; 'bf16' weights and
+    products where the CPU computes in it. Logits come as float32. InputError if one cannot be had.
     """
 
     def __init__(self, lm: SpeechLM, threads: int, precision: str = "fp32") -> None:
@@ -53,7 +53,7 @@ class OpenVINOLM:
         if lm.head.weight.device.type != "cpu":
             raise InputError(f"runtime openvino is for the CPU, the model is on {lm.head.weight.device}")
         if precision not in PRECISIONS or PRECISIONS[precision].upper() not in ("F32", *capabilities()):
-            raise InputError(f"runtime openvino on this CPU has no precision {precision!r}: choose fp32")
+            raise InputError(f"runtime openvino on this CPU has no precision {precision!r}: choose fp32 or int8")
         import openvino
 
         self.lm, self.threads = lm, threads
@@ -64,7 +64,7 @@ class OpenVINOLM:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same core
         }
-        self.compiled = openvino.Core().compile_model(_graph(lm), "CPU", settings)
+        self.compiled = openvino.Core().compile_model(_graph(lm, precision == "int8"), "CPU", settings)
         self._free: list = []
         self._angles = torch.zeros(0)
 
@@ -150,8 +150,8 @@ class OpenVINOSession:
             self._make_room(slots)
 
 
-def _graph(lm: SpeechLM):
-    """The whole forward as an openvino.Model, its constants the model's own memory."""
+def _graph(lm: SpeechLM, int8: bool = False):
+    """The whole forward as an openvino.Model; int8: its weights as whole numbers of -127 .. 127 times a scale."""
     from openvino import Model
     from openvino import opset13 as ops
 
@@ -175,8 +175,14 @@ def _graph(lm: SpeechLM):
 
     def linear(x, *layers):
         """Several projections of the same input, as one."""
-        weight = torch.cat([layer.weight.detach().float() for layer in layers]).numpy()
-        product = ops.matmul(x, ops.constant(weight, shared_memory=len(layers) == 1), False, True)
+        weight = torch.cat([layer.weight.detach().float() for layer in layers])
+        if int8:
+            scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            whole = ops.constant((weight / scale).round().to(torch.int8).numpy())
+            constant = ops.multiply(ops.convert(whole, np.float32), ops.constant(scale.numpy()))
+        else:
+            constant = ops.constant(weight.numpy())
+        product = ops.matmul(x, constant, False, True)
         if layers[0].bias is None:
             return product
         return ops.add(product, ops.constant(torch.cat([layer.bias.detach().float() for layer in layers]).numpy()))
