@@ -179,7 +179,7 @@ class Codec(nn.Module):
 
     def to_digits(self, codes: Tensor) -> Tensor:
         """Code ids (B, N) -> digits in {-1, 0, 1} (B, N, 8). Raises on ids outside the codebook."""
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.codebook_size):
             raise ValueError(f"speech tokens must be in 0..{self.config.codebook_size - 1}")
         weights = self.config.levels ** torch.arange(self.config.digits, device=codes.device)
         return (codes[..., None] // weights % self.config.levels - 1).float()
