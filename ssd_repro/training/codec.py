@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -206,25 +205,15 @@ def train_codec(
     phone_weight: float = 0.25,
     kept: Codec | None = None,
     config: CodecConfig | None = None,
-    log: Callable[[str], None] = print,
+    log=print,
 ) -> tuple[CodecTask, list[dict]]:
     """Train codec and phone head together, or for a ``kept`` codec the head -> (task on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
     config = config or CodecConfig()
     task = CodecTask(learned, config, phone_weight, kept)
     facts = {"phone_weight": phone_weight, "begin": weights_sha256(kept, torch.float32) if kept else ""}
-    facts |= {"config": asdict(config), "data": features_sha256(learned), "dev": features_sha256(dev)}
-    rows = train(task, learned, dev, settings, out, facts, log=log)
+    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(config)}, log=log)
     return task.cpu(), rows
-
-
-def features_sha256(items: list[Features]) -> str:
-    digest = hashlib.sha256()
-    for f in items:
-        digest.update(f"{f.id} {f.voice} {f.phones} {len(f)}\n".encode())
-        for part in (f.world, f.hint):
-            digest.update(part.numpy())
-    return digest.hexdigest()
 
 
 def codes_of(codec: Codec, f: Features) -> Tensor:

@@ -16,7 +16,6 @@ utterance), aligned (of each rendering the [phone, next phone] that each token b
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -105,9 +104,6 @@ def renderings(row: dict, prompts: dict[str, dict] | None) -> list[Example]:
     return found
 
 
-# ---------------------------------------------------------------- rows
-
-
 def read_data(path: Path, words: int, codes: int, prompts: dict[str, dict] | None = None, needed=()) -> list[list]:
     """Every row of a data folder (or of one file) as its ``renderings``, in the order of file names and lines.
 
@@ -173,19 +169,6 @@ def hold_out(groups: list[list], count: int, longest: int, seed: int | None = No
 
 def flat(groups: list[list]) -> list[Example]:
     return [one for group in groups for one in group]
-
-
-def data_sha256(examples: list[Example]) -> str:
-    """SHA-256 over ids, tokens and alignments, in their order."""
-    digest = hashlib.sha256()
-    for one in examples:
-        digest.update(f"{one.id} {[len(part) for part in one.parts]} {one.stopped} {one.voice}\n".encode())
-        for part in one.parts if one.aligned is None else (*one.parts, one.aligned):
-            digest.update(np.ascontiguousarray(part))
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from ..models import checkpoints, cosyvoice
 from ..models.speech_lm import SpeechLM
 from ..speech import voice as voices
 from ..speech.load import load
-from .data import Example, collate, data_sha256, read_data
-from .loop import Settings, agree
+from .data import Example, collate, read_data
+from .loop import Settings, agree, data_sha256
 
 
 @dataclass(frozen=True)

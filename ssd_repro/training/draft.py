@@ -20,7 +20,7 @@ from ..files import git_state, locked
 from ..models import checkpoints
 from ..models.draft import make_draft
 from ..models.speech_lm import SpeechLM
-from .data import Batch, Example, data_sha256, flat, hold_out
+from .data import Batch, Example, flat, hold_out
 from .deployed import Target, load_target, sample
 from .loop import Settings, Task, agree, check_choice, check_identity, identity, processes
 from .loop import train as run_training
@@ -55,8 +55,11 @@ class DraftTask(Task):
         return item.labels
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
-        """The loss. Evaluating: cross-entropy; overlap, the mean of sum min(p, q) over plain softmaxes; acceptance,
-        the same over the distributions sampled from: the acceptance rate of plain speculative sampling on these tokens."""
+        """The loss; evaluating, cross-entropy, overlap and acceptance.
+
+        overlap: mean of sum min(p, q) over plain softmaxes; acceptance: the same over the distributions
+        sampled from, the acceptance rate of plain speculative sampling on these tokens.
+        """
         batch = self.target.collate(items)
         p = self._logits(self.draft, batch)
         if self.training:
@@ -92,7 +95,7 @@ def train_draft(
     recipe: str = "paper",
     loss: str = "",
     accelerator=None,
-    log: Callable[[str], None] = print,
+    log=print,
 ) -> tuple[SpeechLM, list[dict]]:
     """Train a draft -> the draft, and the rows of the log (``loop.train``, ``DraftTask.forward``).
 
@@ -103,8 +106,7 @@ def train_draft(
     loss, out, accelerator = loss or RECIPES[recipe], Path(out), accelerator or processes()
     check_choice("loss", loss, LOSSES)
     facts = {"recipe": recipe, "loss": loss, "target": checkpoints.weights_sha256(target.lm)}
-    facts |= {"data": data_sha256(learned), "dev": data_sha256(dev)}
-    ours = identity(settings, facts)
+    ours = identity(settings, facts, learned, dev)
 
     def finished() -> tuple[SpeechLM, list[dict]] | None:
         if not (out / "draft.json").exists():
@@ -138,7 +140,7 @@ def train(
     longest: int = 1500,
     samples: int | None = None,
     device: str = "auto",
-    log: Callable[[str], None] = print,
+    log=print,
 ) -> tuple[SpeechLM, list[dict]]:
     """What ``ssd-repro train-draft`` does, in every process. Raises InputError, the same one in all.
 

@@ -2,18 +2,20 @@
 
 What a step sees depends on (seed, step) alone. Every process takes its share of each batch; the
 gradient is the mean over ALL labels of the batch, so that neither the number of processes nor
-gradient accumulation changes the result beyond rounding (and the draws of dropout).
+gradient accumulation changes the result beyond rounding, where terms are means over the labels
+and nothing is drawn inside the model (the draft; codec and target have dropout).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -129,9 +131,6 @@ class Batches:
         rng.shuffle(self.starts)
 
 
-# ------------------------------------------------------------ processes
-
-
 def processes(device: str = "auto"):
     """The accelerate.Accelerator of this process; alone, or as torchrun or accelerate launched it.
 
@@ -167,13 +166,21 @@ def agree(accelerator, function: Callable):
     return value
 
 
-# ------------------------------------------------------------- identity
-
-
-def identity(settings: Settings, facts: dict) -> dict:
-    """What makes a run this run and no other: its settings but for ``Settings.FREE``, and ``facts``, as JSON has them."""
+def identity(settings: Settings, facts: dict, items: list, dev: list) -> dict:
+    """What makes a run this run and no other: its settings but for ``Settings.FREE``, facts and data, as JSON has them."""
     fixed = {name: value for name, value in asdict(settings).items() if name not in Settings.FREE}
-    return json.loads(json.dumps(fixed | facts))
+    return json.loads(json.dumps(fixed | facts | {"data": data_sha256(items), "dev": data_sha256(dev)}))
+
+
+def data_sha256(items: list) -> str:
+    """SHA-256 over all fields of dataclasses of tensors, arrays and what has a repr, in their order."""
+    digest = hashlib.sha256()
+    for value in (getattr(item, field.name) for item in items for field in fields(item)):
+        arrays = isinstance(value, (Tensor, np.ndarray))
+        digest.update(f"{tuple(value.shape)}{value.dtype}".encode() if arrays else repr(value).encode())
+        if arrays:
+            digest.update(np.ascontiguousarray(value))
+    return digest.hexdigest()
 
 
 def check_identity(path: Path, kept: dict, ours: dict) -> None:
@@ -186,26 +193,17 @@ def check_identity(path: Path, kept: dict, ours: dict) -> None:
             )
 
 
-# ----------------------------------------------------------------- loop
-
-
 def train(
-    task: Task,
-    items: list,
-    dev: list,
-    settings: Settings,
-    out: Path,
-    facts: dict,
-    accelerator=None,
-    log: Callable[[str], None] = print,
+    task: Task, items: list, dev: list, settings: Settings, out: Path, facts: dict, accelerator=None, log=print
 ) -> list[dict]:
     """Train ``task`` in place with AdamW -> the rows of the log, at every 50th step and every checkpoint.
 
     A row holds the terms, means since the row before, gradient_norm of the last step (before it is
     clipped to 1), the learning rate, how many labels were seen, and with a checkpoint the terms of
-    ``dev``. ``items`` have a length; those of like length share a batch. ``out`` gets log.jsonl and
-    checkpoint.pt; the same call goes on from there. ``facts``: what else than the settings the
-    result depends on. InputError if ``out`` holds another run, or if the batch cannot be shared out.
+    ``dev``. ``items``: dataclasses with a length; those of like length share a batch. ``out`` gets
+    log.jsonl and checkpoint.pt; the same call goes on from there. ``facts``: what else than settings
+    and data decides the result. InputError if ``out`` holds another run, or if the batch cannot be
+    shared out.
     """
     accelerator = accelerator or processes()
     run = agree(accelerator, lambda: _Run(task, items, dev, settings, Path(out), facts, accelerator))
@@ -229,7 +227,7 @@ class _Run:
         self.batches, self.dev = Batches(items, settings.batch, settings.seed), dev
         self.settings, self.end, self.accelerator = settings, settings.until or settings.steps, accelerator
         self.path, self.log_path = out / "checkpoint.pt", out / "log.jsonl"
-        self.identity = identity(settings, facts)
+        self.identity = identity(settings, facts, items, dev)
         self.step, self.rows, self.seen = 0, [], 0
         self.task = task.to(accelerator.device).train()
         self.task.precision = settings.precision
@@ -248,8 +246,6 @@ class _Run:
                 "the processes see different data or checkpoints: all nodes must share the disk that they are on"
             )
         self.model = self.accelerator.prepare(self.task)
-
-    # checkpoints
 
     def _resume(self) -> None:
         if self.path.exists():
@@ -279,11 +275,9 @@ class _Run:
             with replacing(self.path) as part:
                 torch.save(state, part)
 
-    # a step
-
     def advance(self, log: Callable[[str], None]) -> None:
         """One optimiser step; then the log and the checkpoint, where they are due."""
-        settings, (rank, world) = self.settings, self._place()
+        settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
         # Dropout has no generator argument; alone (rank 0 of 1) the seed is seed * 1_000_003 + step.
         torch.manual_seed(((settings.seed * 1_000_003 + self.step) * world + rank) % 2**63)
         whole = self.task.draw(self.batches(self.step), random.Random(f"{settings.seed}/{self.step}"))
@@ -300,9 +294,6 @@ class _Run:
             self._report(float(norm), saving, log)
         if saving:
             self._save()
-
-    def _place(self) -> tuple[int, int]:
-        return self.accelerator.process_index, self.accelerator.num_processes
 
     def _gradient(self, parts: list[list], labels: int) -> None:
         """Add up the gradient of the mean loss over the ``labels`` of all processes."""
@@ -327,8 +318,6 @@ class _Run:
         *totals, weight = self.accelerator.reduce(both, "sum").tolist()
         return {name: total / weight for name, total in zip(names, totals, strict=True)}
 
-    # the log
-
     def _report(self, norm: float, evaluating: bool, log: Callable[[str], None]) -> None:
         row = {"step": self.step, **self._mean(self.sums, self.weight)}
         row |= {"gradient_norm": norm, "learning_rate": self.settings.rate(self.step - 1), "labels": self.seen}
@@ -345,7 +334,7 @@ class _Run:
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Means over the labels of ``dev``, which the processes share out."""
-        rank, world = self._place()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.task.eval()
         drawn = self.task.draw(self.dev, random.Random(0))
         size = max(1, self.settings.batch // (world * self.settings.accumulate))

@@ -30,7 +30,7 @@ PROMPT_TOKENS = 4 * TOKEN_RATE  # the longest speech that serves as a zero-shot 
 
 
 def behind(prompts: dict[str, list[Example]], one: Example, rng: random.Random, learned: bool) -> Example:
-    """``one`` as zero-shot speech, behind one of ``prompts`` of its voice; ``learned``: the prompt's speech is labels too."""
+    """``one`` as zero-shot speech, behind one of ``prompts`` of its voice; ``learned``: the prompt's speech is too."""
     if not prompts.get(one.voice):
         return one
     front = rng.choice(prompts[one.voice])

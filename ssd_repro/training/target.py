@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..models.codec import Codec
 from ..models.draft import draft_layers
 from ..models.speech_lm import SpeechLM, small_qwen2
 from ..speech.text import SYMBOLS, TEXT_VOCABULARY
-from .data import Batch, Example, collate, data_sha256
+from .data import Batch, Example, collate
 from .loop import Settings, Task, train
 from .splice import PROMPT_TOKENS, behind, by_voice, find_words, splice
 
@@ -130,18 +129,14 @@ class TargetTask(Task):
         return item.labels
 
     def draw(self, items: list[Example], rng: random.Random) -> list[Example]:
-        """Splice some, put some behind a prompt. Of held-out speech the prompt is no label: it may be known by heart."""
-        if self.training and self.options.splice:
-            items = [
-                splice(one, rng.choice(self.pieces[one.voice]), self.words, rng)
-                if rng.random() < self.options.splice
-                else one
-                for one in items
-            ]
-        return [
-            behind(self.prompts, one, rng, self.training) if rng.random() < self.options.prompted else one
-            for one in items
-        ]
+        """Splice some, put some behind a prompt; held-out speech's prompt is no label, it may be known by heart."""
+        drawn = []
+        for one in items:
+            if self.training and rng.random() < self.options.splice:
+                one = splice(one, rng.choice(self.pieces[one.voice]), self.words, rng)
+            prompted = rng.random() < self.options.prompted
+            drawn.append(behind(self.prompts, one, rng, self.training) if prompted else one)
+        return drawn
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """Cross-entropy of the speech tokens and the stop token, with the phone heads' beside it.
@@ -197,15 +192,14 @@ def train_target(
     options: TargetOptions,
     out: Path,
     begin: SpeechLM | None = None,
-    log: Callable[[str], None] = print,
+    log=print,
 ) -> tuple[SpeechLM, list[dict]]:
     """Train the target, from random weights or from ``begin``'s -> (SpeechLM on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
     task = TargetTask(codec, options, learned)
     if begin:
         task.begin_from(begin)
-    facts = asdict(options) | {"data": data_sha256(learned), "dev": data_sha256(dev)}
-    facts["begin"] = weights_sha256(begin, torch.float32) if begin else ""
+    facts = asdict(options) | {"begin": weights_sha256(begin, torch.float32) if begin else ""}
     rows = train(task, learned, dev, settings, out, facts, log=log)
     return task.plain().cpu(), rows
 
@@ -224,7 +218,7 @@ def held_out_loss(lm: SpeechLM, dev: list[Example], pieces: list[Example]) -> fl
 
 @torch.no_grad()
 def averaged(new: SpeechLM, old: SpeechLM, part: float) -> SpeechLM:
-    """``new``, in place, with ``part`` of the weights of ``old``, from which it went on (WiSE-FT, Wortsman et al. 2022)."""
+    """``new``, in place, with ``part`` of the weights of ``old``, which it went on from (WiSE-FT, Wortsman et al. 2022)."""
     known = old.state_dict()
     for name, weight in new.state_dict().items():
         weight.lerp_(known[name].to(weight), part)

@@ -415,7 +415,7 @@ def test_evaluation_sentences_are_apart_from_the_training_text():
     assert len(known) == len({text for _, text in known}) == 200
     assert len({name.split("-")[0] for name, _ in known}) > 30
     assert all(7 <= len(text.split()) and len(text) <= 150 and '"' not in text for _, text in known)
-    taught = {phrase for row in corpus.manifest() for phrase in phrases(row["text"])}
+    taught = {phrase for row in corpus.read_metadata(corpus.MANIFEST) for phrase in phrases(row["text"])}
     assert len(taught) > 10_000
     shared = {text for _, text in known if taught & set(phrases(text))}
     assert not shared

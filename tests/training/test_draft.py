@@ -29,7 +29,6 @@ from ssd_repro.models.codec import Codec, CodecConfig
 from ssd_repro.models.cosyvoice import END_OF_PROMPT, load_cosyvoice
 from ssd_repro.models.draft import make_draft
 from ssd_repro.speech.text import TASK, VOICES
-from ssd_repro.training import data as data_module
 from ssd_repro.training import deployed
 from ssd_repro.training import draft as draft_module
 from ssd_repro.training.data import Example
@@ -169,7 +168,9 @@ def test_samples_are_made_once(world, on_policy, tmp_path, monkeypatch):
     (folder / "00005.jsonl").write_text("".join(text[4:6]))
     asked = []
     sample = deployed.sample_one
-    monkeypatch.setattr(deployed, "sample_one", lambda target, one, seed: asked.append(one.id) or sample(target, one, seed))
+    monkeypatch.setattr(
+        deployed, "sample_one", lambda target, one, seed: asked.append(one.id) or sample(target, one, seed)
+    )
     train(world, tmp_path / "out", recipe="on-policy", steps=8)
     assert asked == [row["id"] for row in made[6:]]
     assert sorted(samples(tmp_path / "out"), key=str) == sorted(made, key=str)

@@ -78,7 +78,10 @@ def test_held_out_loss_is_of_what_follows_the_prompt_alone():
 
 def test_spliced_utterances_train_the_target(tmp_path):
     items = [sentence(["bat", "at", "tab"], "0"), sentence(["zip", "i", "piz"], "1")]
-    settings, options = Settings(60, batch=2, learning_rate=5e-3, warmup=5), replace(PLAIN, splice=1.0, draft_weight=0.0)
+    settings, options = (
+        Settings(60, batch=2, learning_rate=5e-3, warmup=5),
+        replace(PLAIN, splice=1.0, draft_weight=0.0),
+    )
     _, rows = train_target(CODEC, items, items, settings, options, tmp_path)
     assert rows[-1]["dev_speech"] < 0.5 * 8.8, "8.8: nothing is known of 6,564 tokens"
 
