@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,13 +16,14 @@ from ..decoding.result import DecodeConfig
 from ..decoding.sampling import Sampler
 from ..decoding.speculative import autoregressive
 from ..errors import InputError
-from ..files import append_row, drop_half_line, read_rows, write_text
+from ..files import write_text
 from ..models import checkpoints, cosyvoice
 from ..models.speech_lm import SpeechLM
 from ..speech import voice as voices
 from ..speech.load import load
 from .data import Example, collate, read_data
-from .loop import Settings, agree, data_sha256
+from .loop import Settings, data_sha256
+from .parallel import agree, rows_of, share_rows
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,8 @@ def sample(
 ) -> list[Example]:
     """``examples`` with what the target says to their texts in place of their speech; kept in ``folder``.
 
-    The processes take turns; each row is on the disk before the next begins, and is never made
-    again. A row depends on (seed, its id) alone. The folder is a data folder. InputError if it
-    holds samples of another target, other data or other settings.
+    A row depends on (seed, its id) alone; the folder is a data folder, which a killed run goes on
+    with (``share_rows``). InputError if it holds samples of another target, other data or other settings.
     """
     about = {
         "seed": settings.seed,
@@ -92,20 +91,28 @@ def sample(
         "decoding": asdict(target.config(100)),  # its lengths for 100 text tokens
         "data": data_sha256([replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]),
     }
-    agree(accelerator, lambda: accelerator.is_main_process and _prepare(folder, about))
-    done = agree(accelerator, lambda: _sampled_ids(folder, about))  # nobody writes before all have read
-    # In deployment's precision, in a copy; embeddings of the prompt come from it too.
-    lm = copy.deepcopy(target.lm).to(accelerator.device).eval()
-    asked = replace(target, lm=lm.cast(settings.precision))
-    mine = [one for one in examples if one.id not in done][accelerator.process_index :: accelerator.num_processes]
-    began = time.perf_counter()
-    for i, one in enumerate(mine, 1):
-        append_row(folder / f"{accelerator.process_index:05d}.jsonl", sample_one(asked, one, settings.seed).row())
-        if accelerator.is_main_process and (i % 100 == 0 or i == len(mine)):
-            log(f"sampled {i} of {len(mine)} in this process, {(time.perf_counter() - began) / i:.2f} s each")
+    path = folder / "about.json"
+    if accelerator.is_main_process and not path.exists():
+        write_text(path, json.dumps(about, indent=1) + "\n")
     accelerator.wait_for_everyone()
-    made = agree(accelerator, lambda: {row["id"]: Example.from_row(row) for row in _rows(folder)})
+    agree(accelerator, lambda: _check_samples(path, json.loads(json.dumps(about))))
+    # In deployment's precision, in a copy; embeddings of the prompt come from it too.
+    lm = copy.deepcopy(target.lm).to(accelerator.device).eval().cast(settings.precision)
+    asked = replace(target, lm=lm)
+    share_rows(folder, examples, lambda one: sample_one(asked, one, settings.seed).row(), accelerator, log)
+    made = agree(accelerator, lambda: {row["id"]: Example.from_row(row) for row in rows_of(folder)})
     return [made[one.id] for one in examples if len(made[one.id].speech)]
+
+
+def _check_samples(path: Path, ours: dict) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is not seen by every process: --out must be on a disk that all nodes share")
+    kept = json.loads(path.read_text("utf-8"))
+    for name, value in ours.items():
+        if kept.get(name) != value:
+            raise InputError(
+                f"{path.parent} holds samples of another {name}: choose another --out, or remove that folder"
+            )
 
 
 @torch.inference_mode()
@@ -117,27 +124,3 @@ def sample_one(target: Target, one: Example, seed: int) -> Example:
     generator = torch.Generator(device).manual_seed(own)
     result = autoregressive(target.lm, prefix, target.config(len(one.text)), generator)
     return Example.from_row(one.row() | {"speech": list(result.tokens), "stopped": result.stopped})
-
-
-def _prepare(folder: Path, about: dict) -> None:
-    """Make the folder ready for more rows."""
-    if not (folder / "about.json").exists():
-        write_text(folder / "about.json", json.dumps(about, indent=1) + "\n")
-    for shard in folder.glob("*.jsonl"):
-        drop_half_line(shard)
-
-
-def _sampled_ids(folder: Path, about: dict) -> set[str]:
-    """The ids of the rows that are there."""
-    path = folder / "about.json"
-    if not path.is_file():
-        raise InputError(f"{path} is not seen by every process: --out must be on a disk that all nodes share")
-    kept = json.loads(path.read_text("utf-8"))
-    for name, value in json.loads(json.dumps(about)).items():
-        if kept.get(name) != value:
-            raise InputError(f"{folder} holds samples of another {name}: choose another --out, or remove that folder")
-    return {row["id"] for row in _rows(folder)}
-
-
-def _rows(folder: Path) -> list[dict]:
-    return [row for shard in sorted(folder.glob("*.jsonl")) for row in read_rows(shard)]

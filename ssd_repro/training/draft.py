@@ -22,8 +22,9 @@ from ..models.draft import make_draft
 from ..models.speech_lm import SpeechLM
 from .data import Batch, Example, flat, hold_out
 from .deployed import Target, load_target, sample
-from .loop import Settings, Task, agree, check_choice, check_identity, identity, processes
+from .loop import Settings, Task, check_choice, check_identity, identity
 from .loop import train as run_training
+from .parallel import agree, processes
 
 # recipe -> its default loss. paper: on the data's speech; on-policy: on speech that the target itself
 # says to the data's texts, as it is deployed (sampler, lengths, precision).

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, check_number
 from ..files import append_row, replacing, write_text
-from ..models.speech_lm import PRECISIONS, choose_device
+from ..models.speech_lm import PRECISIONS
+from .parallel import agree, processes
 
 
 @dataclass(frozen=True)
@@ -129,41 +129,6 @@ class Batches:
         first = rng.randrange(left + 1)  # else the longest would be left out of every epoch
         self.starts = [first + k * self.batch for k in range(batches)]
         rng.shuffle(self.starts)
-
-
-def processes(device: str = "auto"):
-    """The accelerate.Accelerator of this process; alone, or as torchrun or accelerate launched it.
-
-    Raises InputError without accelerate, for a device that is not there, and under plugins
-    that cut the model into pieces.
-    """
-    try:
-        from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-    except ImportError:
-        raise InputError("accelerate is not installed: install the extra `ssd-repro[scale]`") from None
-    device = choose_device(device)
-    # Some processes may sample hours longer than others: no wait for them shall time out.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
-    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in kinds:
-        raise InputError(f"accelerate runs {accelerator.distributed_type.value}: only plain data parallelism will do")
-    return accelerator
-
-
-def agree(accelerator, function: Callable):
-    """``function()`` in every process; an InputError of any of them is raised in all."""
-    from accelerate.utils import gather_object
-
-    value = error = None
-    try:
-        value = function()
-    except InputError as raised:
-        error = str(raised)
-    errors = [text for text in gather_object([error]) if text]
-    if errors:
-        raise InputError(errors[0])
-    return value
 
 
 def identity(settings: Settings, facts: dict, items: list, dev: list) -> dict:

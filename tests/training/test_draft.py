@@ -33,7 +33,8 @@ from ssd_repro.training import deployed
 from ssd_repro.training import draft as draft_module
 from ssd_repro.training.data import Example
 from ssd_repro.training.deployed import load_target, voice_target
-from ssd_repro.training.loop import Batches, Settings, processes
+from ssd_repro.training.loop import Batches, Settings
+from ssd_repro.training.parallel import processes
 from ssd_repro.training.target import TargetOptions
 
 pytest.importorskip("accelerate", reason="the extra scale is not installed")
