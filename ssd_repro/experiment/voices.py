@@ -8,26 +8,12 @@ from math import isnan
 
 import numpy as np
 import pandas as pd
-import torch
 
-from ..decoding.sampling import Sampler
 from ..files import append_row, drop_half_line
 from ..speech.sentences import Utterance
-from ..speech.text import language, phone_ids
 from . import metrics
 from .provenance import row_context
 from .rows import key, locked_rows, rows_of_folder
-
-# The candidates of the sampler sweep: CosyVoice's own first.
-SAMPLERS = {
-    "RAS .8/25, tau .1": Sampler(),
-    "RAS .8/25, tau .3, temperature .8": Sampler(ras_tau=0.3, temperature=0.8),
-    "RAS .8/25, tau .3, temperature .6": Sampler(ras_tau=0.3, temperature=0.6),
-    "RAS .8/25, tau .3, temperature .4": Sampler(ras_tau=0.3, temperature=0.4),
-    "RAS .6/25, tau .3, temperature .8": Sampler(ras_tau=0.3, temperature=0.8, top_p=0.6),
-    "RAS .6/25, tau .3, temperature .6": Sampler(ras_tau=0.3, temperature=0.6, top_p=0.6),
-    "greedy": Sampler(temperature=0.0, ras=False),
-}
 
 # What speaks: utterance, name of the system -> audio (samples,) at the voice's rate, whether it ended by itself,
 # its length over one that is expected.
@@ -74,19 +60,6 @@ def _scores(voice, render: Render, one: Utterance, system: str, whisper: str) ->
         "own_voice": max(voice.names, key=similarity) == one.voice,
         **metrics.measure(audio, voice.sample_rate, one.text, voice.reference(one.voice), whisper),
     }
-
-
-def score_samplers(voice, samplers: dict[str, Sampler], utterances, folder, whisper="", progress=iter) -> pd.DataFrame:
-    """The target alone under each sampler; lengths are speech tokens per text token."""
-
-    def render(one: Utterance, name: str) -> tuple[np.ndarray, bool, float]:
-        phones = phone_ids(one.text, language(one.voice))
-        generator = torch.Generator(voice.device).manual_seed(one.seed)
-        result = voice.decode(phones, "autoregressive", one.voice, 0.0, 1, generator, sampler=samplers[name])
-        return voice.vocode(result.tokens, one.voice), result.stopped, len(result.tokens) / len(phones)
-
-    systems = {name: {"weights": voice.weights_id, **asdict(sampler)} for name, sampler in samplers.items()}
-    return score(voice, systems, render, utterances, folder, "samplers", whisper, progress)
 
 
 def table(rows: pd.DataFrame, length: str = "length / teacher") -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import files
 from ..models import codec as wide
@@ -89,15 +91,12 @@ class PhoneHead(nn.Module):
 
     def __init__(self, digits: int, width: int = 256):
         super().__init__()
-        self.i = nn.Linear(digits, width)
-        self.b = wide.stack(width, 2)
-        self.up = nn.Linear(width, 2 * width)
-        self.b2 = wide.stack(width, 1)
-        self.o = nn.Linear(width, len(SYMBOLS) + 1)
+        self.at_25_hz = nn.Sequential(nn.Linear(digits, width), wide.stack(width, 2), nn.Linear(width, 2 * width))
+        self.at_50_hz = nn.Sequential(wide.stack(width, 1), nn.Linear(width, len(SYMBOLS) + 1))
 
     def forward(self, digits: Tensor) -> Tensor:
-        x = self.up(self.b(self.i(digits)))
-        return self.o(self.b2(x.reshape(x.shape[0], -1, x.shape[2] // 2))).float()
+        x = self.at_25_hz(digits)
+        return self.at_50_hz(x.reshape(len(x), -1, x.shape[2] // 2)).float()
 
 
 class CodecTask(Task):
@@ -133,20 +132,15 @@ class CodecTask(Task):
         """Half the time shift the 40 ms grid by 20 ms."""
         if not self.training:
             return items
-        return [replace(f, world=f.world[4:-4], hint=f.hint[1:]) if rng.randrange(2) else f for f in items]
+        return [replace(f, world=f.world[4:-4], hint=f.hint[1:-1]) if rng.randrange(2) else f for f in items]
 
     def _padded(self, items: list[Features]) -> tuple[Tensor, Tensor, Tensor]:
-        """world (B, 8N, 45), hint (B, 2N, 384), mask (B, N)."""
-        tokens, mean = max(map(len, items)), self.codec.mean.cpu()
-        world = mean.expand(len(items), FRAMES_PER_TOKEN * tokens, -1).clone()
-        hint = torch.zeros(len(items), 2 * tokens, self.codec.config.hint)
-        mask = torch.zeros(len(items), tokens)
-        for i, f in enumerate(items):
-            n = len(f)
-            world[i, : FRAMES_PER_TOKEN * n] = f.world[: FRAMES_PER_TOKEN * n]
-            hint[i, : 2 * n] = f.hint[: 2 * n].float()
-            mask[i, :n] = 1
-        return tuple(x.to(self.codec.mean.device) for x in (world, hint, mask))
+        """world (B, 8N, 45), padded with its mean; hint (B, 2N, 384); mask (B, N)."""
+        device = self.codec.mean.device
+        world = pad_sequence([f.world for f in items], True, math.nan).to(device)
+        hint = pad_sequence([f.hint.float() for f in items], True).to(device)
+        mask = pad_sequence([torch.ones(len(f)) for f in items], True).to(device)
+        return torch.where(world.isnan(), self.codec.mean, world), hint, mask
 
     def forward(self, items: list[Features]) -> dict[str, Tensor]:
         """L1 on normalised features and on the log spectrum, CTC on the codes; evaluating adds the phone error rate."""
@@ -229,8 +223,10 @@ def resynthesise(codec: Codec, audio: np.ndarray, voice: str, hint: Hint) -> np.
 
 
 @torch.no_grad()
-def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]]) -> None:
-    """Set the codec's ``scale`` and ``shift`` of every voice from teacher speech (features, audio at 24 kHz).
+def calibrate(codec: Codec, items: list[Features], audio: Callable[[str], np.ndarray], most: int = 40) -> None:
+    """Set the codec's ``scale`` and ``shift`` of every voice from its first ``most`` of ``items``.
+
+    audio: id -> the teacher's, (samples,) at 24 kHz.
 
     scale: the spread of each envelope coefficient within an utterance, the teacher's over the
     decoder's. shift: the teacher's mean, and then what is left between the long-term spectra of
@@ -244,15 +240,15 @@ def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]]) -> None:
     codec.scale.fill_(1.0)
     codec.shift.fill_(0.0)
     for place, voice in enumerate(VOICES):
-        mine = [(f, audio) for f, audio in items if f.voice == voice]
+        mine = [f for f in items if f.voice == voice][:most]
         if not mine:
             continue
-        codes = [codes_of(codec, f) for f, _ in mine]
-        mean, spread = moments([f.world for f, _ in mine])
+        codes = [codes_of(codec, f) for f in mine]
+        mean, spread = moments([f.world for f in mine])
         made_mean, made_spread = moments([codec.features(c, place) for c in codes])
         codec.scale[place] = spread / made_spread
         codec.shift[place] = mean - codec.scale[place] * made_mean
-        wanted = wide.long_term_spectrum([audio for _, audio in mine])
+        wanted = wide.long_term_spectrum([audio(f.id) for f in mine])
         found = wide.long_term_spectrum([codec.decode(c, place) for c in codes])
         codec.shift[place] += wide.code_gain(wanted / found)
 

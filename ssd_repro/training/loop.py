@@ -132,7 +132,7 @@ class Batches:
 
 
 def identity(settings: Settings, facts: dict, items: list, dev: list) -> dict:
-    """What makes a run this run and no other: its settings but for ``Settings.FREE``, facts and data, as JSON has them."""
+    """What makes a run this run and no other, as JSON has it: settings but for ``Settings.FREE``, facts and data."""
     fixed = {name: value for name, value in asdict(settings).items() if name not in Settings.FREE}
     return json.loads(json.dumps(fixed | facts | {"data": data_sha256(items), "dev": data_sha256(dev)}))
 

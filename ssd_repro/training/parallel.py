@@ -1,4 +1,4 @@
-"""One process, or several that accelerate or torchrun launched: that all fail together, and rows that they share out."""
+"""One process, or several that accelerate or torchrun launched: they fail together, and share out rows."""
 
 from __future__ import annotations
 

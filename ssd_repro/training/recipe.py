@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
@@ -22,10 +22,9 @@ from ..models.speech_lm import SpeechLM
 from ..speech.load import load
 from ..speech.text import VOICES
 from ..speech.voice import Voice
-from .codec import CodecTask, Features, Hint, calibrate, featurise, train_codec
+from .codec import Features, Hint, featurise
 from .corpus import MANIFEST, Corpus, write_metadata
 from .data import Example
-from .loop import Settings
 
 # Chosen once, by notebook 15's sweep, before any speculative result was looked at.
 SAMPLER = Sampler(ras_tau=0.3, temperature=0.8)
@@ -116,27 +115,6 @@ def read_weights(path: Path, module: nn.Module, notebook: int):
 
 def corpus_features(source: Corpus, hint: Hint, folder: Path, progress: Callable = iter) -> list[Features]:
     return [featurise(source.path(row["id"]), row, hint, folder) for row in progress(list(source.rows.values()))]
-
-
-def calibrate_codec(codec: Codec, items: list[Features], source: Corpus, each: int = 40) -> None:
-    """``codec.calibrate`` with the first ``each`` utterances of every voice in ``items``."""
-    chosen = [f for v in VOICES for f in [f for f in items if f.voice == v][:each]]
-    calibrate(codec, [(f, source.audio(f.id)) for f in chosen])
-
-
-# What the codec learns from, step by step: (weight of the CTC loss, whether it sees Whisper's states).
-ABLATION = {"reconstruction": (0.0, False), "+ CTC on phones": (0.25, False), "+ Whisper states": (0.25, True)}
-
-
-def codec_ablation(
-    learned: list[Features], dev: list[Features], source: Corpus, settings: Settings, out: Path, log=print
-) -> Iterator[tuple[str, CodecTask, list[dict], list[Features]]]:
-    """The codec under each of ``ABLATION``, trained equally long -> (name, task, log rows, dev as it sees it)."""
-    for number, (name, (weight, hinted)) in enumerate(ABLATION.items()):
-        parts = [[f if hinted else replace(f, hint=torch.zeros_like(f.hint)) for f in x] for x in (learned, dev)]
-        task, rows = train_codec(*parts, settings, out / str(number), weight, log=log)
-        calibrate_codec(task.codec, parts[0], source, each=10)
-        yield name, task, rows, parts[1]
 
 
 # ------------------------------------------------ the voice folder

@@ -66,7 +66,7 @@ def test_a_row_says_by_which_protocol_and_machine_it_was_made(again, tmp_path):
 
 def test_table_counts_errors_over_words_not_over_utterances():
     rows = pd.DataFrame({
-        "system": ["teacher", "teacher"], "word_errors": [1, 0], "words": [2, 8], "p808": [3.0, 4.0], "ovrl": [3.0, 3.0],
+        "system": ["teacher"] * 2, "word_errors": [1, 0], "words": [2, 8], "p808": [3.0, 4.0], "ovrl": [3.0, 3.0],
         "similarity": [0.9, 0.9], "own_voice": [True, True], "length_ratio": [1.0, 1.4], "stopped": [True, False],
     })  # fmt: skip
     line = voices.table(rows).loc["teacher"]
@@ -93,10 +93,10 @@ def test_notebook_14_scores_teacher_codec_and_target(voice, tmp_path, monkeypatc
 
 def test_notebook_15_measures_the_deployed_sampler_again_on_other_utterances(voice, tmp_path):
     voice.sampler = replace(voice.sampler, ras_tau=0.3, temperature=0.8)
-    run_notebook("15_sampler", sentences=1, out=str(tmp_path))
+    space = run_notebook("15_sampler", sentences=1, out=str(tmp_path))
     tables = (pd.read_csv(tmp_path / "tables" / f"{name}.csv") for name in ("samplers", "samplers_again"))
     first, again = tables
-    assert list(first.system) == list(voices.SAMPLERS)
+    assert list(first.system) == list(space["samplers"])
     assert again.system[0] == "RAS .8/25, tau .3, temperature .8" and 2 <= len(again) <= 3
     rows = [json.loads(line) for line in (tmp_path / "rows" / "samplers.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["key"] for row in rows}) == len(first) + len(again)

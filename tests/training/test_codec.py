@@ -29,18 +29,17 @@ def test_viterbi_puts_a_blank_between_equal_labels():
 
 def test_calibration_gives_the_decoded_envelope_the_teachers_mean_and_spread():
     torch.manual_seed(0)
-    codec, rng, items = Codec(SMALL).eval(), np.random.default_rng(0), []
-    for k in range(3):
-        audio = (0.1 * rng.standard_normal(24_000)).astype(np.float32)
-        world = torch.from_numpy(analyse(audio)[:200])
-        items.append((Features(str(k), VOICES[0], world, torch.zeros(50, 8).half(), []), audio))
-    codec_module.calibrate(codec, items)
-    codes = [codec_module.codes_of(codec, f) for f, _ in items]
+    codec, rng = Codec(SMALL).eval(), np.random.default_rng(0)
+    audio = {str(k): (0.1 * rng.standard_normal(24_000)).astype(np.float32) for k in range(3)}
+    worlds = {name: torch.from_numpy(analyse(sound)[:200]) for name, sound in audio.items()}
+    items = [Features(name, VOICES[0], world, torch.zeros(50, 8).half(), []) for name, world in worlds.items()]
+    codec_module.calibrate(codec, items, audio.get)
+    codes = [codec_module.codes_of(codec, f) for f in items]
     made = torch.stack([codec.features(c, 0)[:, :40].std(0) for c in codes]).mean(0)
-    wanted = torch.stack([f.world[:, :40].std(0) for f, _ in items]).mean(0)
+    wanted = torch.stack([f.world[:, :40].std(0) for f in items]).mean(0)
     assert torch.allclose(made, wanted, rtol=1e-3)
     found = long_term_spectrum([codec.decode(c, 0) for c in codes])
-    ratio = 10 * np.log10(long_term_spectrum([a for _, a in items]) / found)[20:460]
+    ratio = 10 * np.log10(long_term_spectrum(list(audio.values())) / found)[20:460]
     assert abs(np.convolve(ratio, np.ones(40) / 40, "valid")).max() < 1.5  # dB, in any 0.9 kHz
     assert torch.equal(codec.scale[1], torch.ones(40))  # of a voice without speech nothing is known
 
