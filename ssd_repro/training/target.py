@@ -218,7 +218,7 @@ def held_out_loss(lm: SpeechLM, dev: list[Example], pieces: list[Example]) -> fl
 
 @torch.no_grad()
 def averaged(new: SpeechLM, old: SpeechLM, part: float) -> SpeechLM:
-    """``new``, in place, with ``part`` of the weights of ``old``, which it began from (Wortsman et al. 2022, WiSE-FT)."""
+    """``new``, in place, with ``part`` of the weights of ``old``, which it began from (WiSE-FT, Wortsman 2022)."""
     known = old.state_dict()
     for name, weight in new.state_dict().items():
         weight.lerp_(known[name].to(weight), part)
