@@ -160,10 +160,7 @@ def run_speak(options) -> int:
     with redirect_stdout(sys.stderr):  # whatever a library prints
         take = _speak(options)
         if options.out:
-            try:
-                take.save(options.out)
-            except OSError as error:
-                raise InputError(f"--out {options.out} cannot be written: {error.strerror}") from error
+            take.save(options.out)
     out = str(options.out) if options.out else None
     print(json.dumps({**take.summary(), "out": out}) if options.json else describe(take, out))
     return 0
@@ -181,8 +178,8 @@ def describe(take, out: str | None) -> str:
     """A take in a few lines for a person."""
     lines = [
         f"{take.method}, voice {take.voice}, seed {take.seed}, {take.device}",
-        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio, "
-        f"LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}",
+        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio"
+        + (f", LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}" if take.token_ids else ": the text came out empty"),
     ]
     if take.acceptance_rate is not None:
         lines.append(

@@ -44,8 +44,8 @@ def decoding_fields(takes: list) -> dict:
         "audio_seconds": take.audio_seconds,
         "lm_seconds": _median(t.lm_seconds for t in takes),
         "lm_seconds_each": [round(t.lm_seconds, 6) for t in takes],
-        "synthesis_seconds": _median(sum(t.seconds.values()) for t in takes),
-        "seconds": {phase: _median(t.seconds[phase] for t in takes) for phase in take.seconds},
+        "synthesis_seconds": _median(t.synthesis_seconds for t in takes),
+        "seconds": {k: _median(t.seconds[k] for t in takes) for k in take.seconds},
         "target_calls": take.target_calls,
         "draft_calls": take.draft_calls,
         "drafted": sum(r.drafted for s in take.sentences for r in s.rounds),
@@ -62,7 +62,7 @@ def baseline_fields(takes: list) -> dict:
         "base_audio_seconds": takes[0].audio_seconds,
         "base_lm_seconds": _median(t.lm_seconds for t in takes),
         "base_prefill_seconds": _median(t.seconds["prefill"] for t in takes),
-        "base_synthesis_seconds": _median(sum(t.seconds.values()) for t in takes),
+        "base_synthesis_seconds": _median(t.synthesis_seconds for t in takes),
     }
 
 

@@ -28,7 +28,7 @@ def score(
     systems: name -> all that its audio depends on, whose ``weights`` speak among it. A row stays as long as
     that does: a new target leaves the teacher's and the codec's.
     """
-    shared = {**row_context(voice.device), **metrics.models(whisper), "references": key(voice.about["references"])}
+    shared = {**row_context(voice.device), **metrics.models(whisper), "references": key(voice.front.about["references"])}
     keys = []
     with locked_rows(folder, name) as path:
         drop_half_line(path)

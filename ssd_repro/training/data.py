@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InputError
 from ..models.speech_lm import SpeechLM
-from ..speech.text import VOICES, prompt
+from ..speech.text import VOICES, prompt_and_text
 
 
 def _none() -> np.ndarray:
@@ -94,7 +94,7 @@ def renderings(row: dict, prompts: dict[str, dict] | None) -> list[Example]:
     if row["voice"] not in VOICES:
         raise ValueError(f"voice {row['voice']!r} is none of {', '.join(VOICES)}")
     shown = prompts.get(row["voice"], {"phones": [], "codes": []})
-    before, text = prompt(row["phones"], row["voice"], shown["phones"])
+    before, text = prompt_and_text(row["phones"], row["voice"], shown["phones"])
     common = {"text": _ids("phones", text), "prompt_text": _ids("phones", before), "voice": row["voice"],
               "prompt_speech": _ids("codes", shown["codes"])}  # fmt: skip
     found = []

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +18,7 @@ from ..errors import InputError
 from ..files import write_text
 from ..models import checkpoints, cosyvoice
 from ..models.speech_lm import SpeechLM
-from ..speech import voice as voices
-from ..speech.load import load
+from ..speech.bundled import Bundled, decode_config
 from .data import Example, collate, read_data
 from .loop import Settings, data_sha256
 from .parallel import agree, rows_of, share_rows
@@ -59,7 +57,7 @@ def voice_target(
 
     def config(text_tokens: int) -> DecodeConfig:
         stops = tuple(range(codes, lm.speech_embedding.num_embeddings))
-        return voices.decode_config(max(1, text_tokens - 1), ratio, stops, sampler=sampler)  # 1: the task mark
+        return decode_config(max(1, text_tokens - 1), ratio, stops, sampler=sampler)  # 1: the task mark
 
     return Target(lm, codes, codes, config, prompts or {})
 
@@ -67,13 +65,12 @@ def voice_target(
 def load_target(path: Path) -> Target:
     """A voice folder, or what ``load_cosyvoice`` reads. InputError if it is neither, or damaged."""
     if (Path(path) / "voice.json").is_file():
-        voice = load(path, "cpu")
-        about, codes = voice.about, voice.codec.config.codebook_size
-        return voice_target(voice.target, codes, voice.sampler, about["token_text_ratio"], about.get("prompts"))
+        codec, lm, _, about = checkpoints.load_voice(Path(path))
+        sampler = Bundled(codec, about, Path(path)).sampler
+        return voice_target(lm, codec.config.codebook_size, sampler, about["token_text_ratio"], about.get("prompts"))
     lm = cosyvoice.load_cosyvoice(path)
     needed = (cosyvoice.END_OF_PROMPT,) if lm.layout.version == 3 else ()
-    config = partial(cosyvoice.decode_config, lm.layout)
-    return Target(lm, cosyvoice.SPEECH_TOKENS, lm.layout.eos, config, needed=needed)
+    return Target(lm, cosyvoice.SPEECH_TOKENS, lm.layout.eos, lm.layout.config, needed=needed)
 
 
 def sample(

@@ -19,9 +19,7 @@ from ..errors import InputError, check_number
 from ..models import checkpoints
 from ..models.codec import SAMPLE_RATE, Codec
 from ..models.speech_lm import SpeechLM
-from ..speech.load import load
 from ..speech.text import VOICES
-from ..speech.voice import Voice
 from .codec import Features, Hint, featurise
 from .corpus import MANIFEST, Corpus, write_metadata
 from .data import Example
@@ -64,9 +62,11 @@ def tokens_path(tokens: str, work: Path) -> Path:
     return path
 
 
-def voice_to_begin_from(begin: str) -> Voice:
-    """The voice folder ``begin``, or the bundled voice."""
-    return load(resolve(begin, checkpoints.BUNDLED, checkpoints.BUNDLED), device="cpu")
+def voice_to_begin_from(begin: str) -> tuple[Path, Codec, SpeechLM, dict]:
+    """The voice folder ``begin``, or the bundled one: where it is, codec, target, voice.json."""
+    folder = resolve(begin, checkpoints.BUNDLED, checkpoints.BUNDLED)
+    codec, target, _, about = checkpoints.load_voice(folder)
+    return folder, codec, target, about
 
 
 def target_to_begin_from(begin: str, average: float) -> SpeechLM | None:
@@ -74,7 +74,7 @@ def target_to_begin_from(begin: str, average: float) -> SpeechLM | None:
     check_number("average", average, 0.0, 1.0)
     if average and not begin:
         raise InputError(f"average is {average} and begin is empty: an average needs a voice folder to begin with")
-    return voice_to_begin_from(begin).target if begin else None
+    return voice_to_begin_from(begin)[2] if begin else None
 
 
 def find_hint(model: str = "") -> str:

@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 
 from ..models.codec import TOKEN_RATE
-from ..speech.text import PUNCTUATION, TASK, plain_phones, prompt
+from ..speech.text import PUNCTUATION, TASK, plain_phones, prompt_and_text
 from .data import Example
 
 SPACE = PUNCTUATION.index(" ")
@@ -34,7 +34,7 @@ def behind(prompts: dict[str, list[Example]], one: Example, rng: random.Random, 
     if not prompts.get(one.voice):
         return one
     front = rng.choice(prompts[one.voice])
-    before = np.array(prompt((), None, front.text[:-1])[0], np.int32)
+    before = np.array(prompt_and_text([], None, front.text[:-1].tolist())[0], np.int32)
     if not learned:
         return replace(one, prompt_text=before, prompt_speech=front.speech)
     return replace(

@@ -17,7 +17,7 @@ from ssd_repro.training import codec, corpus
 
 @pytest.fixture
 def voice(fake, monkeypatch):
-    fake.about |= {"references": {"af_heart": "x.flac"}, "sha256": {"codec.safetensors": "c" * 64}}
+    fake.front.about |= {"references": {"af_heart": "x.flac"}, "sha256": {"codec.safetensors": "c" * 64}}
     monkeypatch.setattr(metrics, "speaker_similarity", lambda *_: 0.5)
     return fake
 
@@ -49,7 +49,7 @@ def test_a_row_is_used_again_until_what_it_depends_on_changes(voice, again, monk
     assert again(weights="b") == ["target"]  # a new target leaves the teacher's
     assert again(sampler=Sampler(temperature=0.5)) == ["target"]
     assert again(whisper="large") == both
-    voice.about["references"] = {"af_heart": "y.flac"}
+    voice.front.about["references"] = {"af_heart": "y.flac"}
     assert again() == both
     assert again() == []
     monkeypatch.setattr(provenance, "PROTOCOL", 99)

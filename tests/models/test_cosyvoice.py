@@ -35,9 +35,9 @@ from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
 from ssd_repro.models import cosyvoice as cosyvoice_module
 from ssd_repro.models.checkpoints import save_draft
-from ssd_repro.models.cosyvoice import LAYOUTS, decode_config, load_cosyvoice
+from ssd_repro.models.cosyvoice import LAYOUTS, load_cosyvoice
 from ssd_repro.models.draft import make_draft
-from ssd_repro.speech.upstream import accelerate, target_of, upstream_law
+from ssd_repro.speech.upstream import accelerate, target_of, upstream_sampling
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH = (
     torch.tensor([3, 1, 4]),
@@ -102,10 +102,10 @@ def test_the_prompt_of_version_3_wants_its_end_of_prompt(tmp_path):
 
 def test_ids_and_lengths_are_upstreams():
     two, three = LAYOUTS[2], LAYOUTS[3]
-    assert (two.sos, two.task, two.eos, two.fill, two.stop_ids) == (0, 1, 6561, 6563, (6561, 6562, 6563))
-    assert (three.sos, three.eos, three.task, three.fill) == (6561, 6562, 6563, 6564)
+    assert (two.sos, two.task, two.eos, two.stop_ids) == (0, 1, 6561, (6561, 6562, 6563))
+    assert (three.sos, three.eos, three.task) == (6561, 6562, 6563)
     assert three.stop_ids == tuple(range(6561, 6761))
-    config = decode_config(three, 7, tolerance=0.2)
+    config = three.config(7, tolerance=0.2)
     assert (config.min_tokens, config.max_tokens, config.tolerance) == (14, 140, 0.2)
     assert (config.stop_ids, config.banned) == (three.stop_ids, (6561,))
 
@@ -275,8 +275,8 @@ def test_a_nucleus_of_banned_tokens_alone_is_an_error_not_a_token(released):
     lm.head.bias.data[6561] = 1e3
     prefix = lm.prefix(TEXT, PROMPT_TEXT, PROMPT_SPEECH)
     with pytest.raises(NumericsError, match="nothing to draw"):
-        autoregressive(lm, prefix, decode_config(lm.layout, 2, sampler=Sampler(bans_by_mask=False)), generator())
-    assert len(autoregressive(lm, prefix, decode_config(lm.layout, 2), generator()).tokens) == 4  # masked: min_tokens
+        autoregressive(lm, prefix, lm.layout.config(2, sampler=Sampler(bans_by_mask=False)), generator())
+    assert len(autoregressive(lm, prefix, lm.layout.config(2), generator()).tokens) == 4  # masked: min_tokens
 
 
 def old_sampling_ids(below):
@@ -300,18 +300,18 @@ ras_sampling_of_2024.__name__ = "ras_sampling"
 def test_the_law_is_read_off_upstreams_code(make):
     state = torch.get_rng_state()
     llm = make(top_p=0.7, tau_r=0.3)
-    assert upstream_law(llm) == (Sampler(top_p=0.7, ras_tau=0.3), (6561,))
+    assert upstream_sampling(llm) == (Sampler(top_p=0.7, ras_tau=0.3), (6561,))
     for below, banned in ((False, (6561,)), (True, tuple(llm.stop_token_ids))):
         old = type(make.__name__, (make,), {"sampling_ids": old_sampling_ids(below)})()
-        assert upstream_law(old) == (Sampler(bans_by_mask=False), banned)
+        assert upstream_sampling(old) == (Sampler(bans_by_mask=False), banned)
     old.sampling = ras_sampling_of_2024
-    assert upstream_law(old)[0] == Sampler(bans_by_mask=False, ras_masks_repeat=False)
+    assert upstream_sampling(old)[0] == Sampler(bans_by_mask=False, ras_masks_repeat=False)
     old.sampling = lambda *_: 0
     with pytest.raises(InputError, match="only upstream's ras_sampling"):
-        upstream_law(old)
+        upstream_sampling(old)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    upstream_law(llm)
+    upstream_sampling(llm)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -387,7 +387,7 @@ def test_accelerated_decoding_is_speculative_decoding_of_the_loaded_model(releas
         draft.head.weight.mul_(0.9)
     save_draft(tmp_path / "draft", draft, lm, {})
     prefix = lm.prefix(ASKED["text"][0], PROMPT_TEXT, PROMPT_SPEECH)
-    config = decode_config(lm.layout, 2, draft_length=2, tolerance=0.3)
+    config = lm.layout.config(2, draft_length=2, tolerance=0.3)
     with_draft = [speculative(lm, draft, prefix, config, generator(seed)).tokens for seed in (11, 12)]
     alone = autoregressive(lm, prefix, config, generator(11)).tokens
     handle = accelerate(cosyvoice, tmp_path / "draft", tolerance=0.3, draft_length=2, seed=11)
@@ -520,7 +520,7 @@ def test_upstreams_own_ras_draws_from_our_law(upstream):
     """20,000 draws, two histories; an outcome may stray by 5 standard errors: false failure below 1e-5."""
     torch.manual_seed(1)
     llm = real_cosyvoice(upstream, 2).model.llm
-    sampler = upstream_law(llm)[0]
+    sampler = upstream_sampling(llm)[0]
     scores = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0, 0.5, -2.0, 1.0])
     for decoded in ([], [0, 3, 8, 8]):
         counts = torch.zeros(9)

@@ -160,9 +160,9 @@ def test_speaks_as_the_bundled_voice_does(released, upstream, front_end):
         assert 2 * words <= len(take.token_ids) <= 20 * words and max(take.token_ids) < 6561
         assert take.audio.dtype == np.float32 and take.sample_rate == 24_000
     assert takes[0].token_ids == voice.speak(said.text, "autoregressive", said.voice, seed=3).token_ids
-    prompt = voice.enrol(said.voice)
-    seconds = soundfile.info(voice.known[said.voice].audio).duration
-    assert abs(len(prompt.speech) - 25 * seconds) <= 1 and len(prompt.text) == len(voice.known[said.voice].text.split())
+    prompt = voice.front.enrol(said.voice)
+    seconds = soundfile.info(voice.front.known[said.voice].audio).duration
+    assert abs(len(prompt.speech) - 25 * seconds) <= 1 and len(prompt.text) == len(voice.front.known[said.voice].text.split())
     assert voice.prefix([1, 2], said.voice).shape == (1, 4 + len(prompt.text) + len(prompt.speech), 32)
     assert voice.audible == (front_end == "upstream") == bool(takes[0].audio.any())
 
@@ -210,7 +210,7 @@ def test_tokenised_libritts_is_what_train_draft_reads(released, tmp_path):
     assert sorted(group[0].id for group in rows) == list(libritts.index(released / "data"))
     voice = load(released, "tokens")
     for (one,) in rows:
-        prompt = voice.enrol(one.id)
+        prompt = voice.front.enrol(one.id)
         assert one.speech.tolist() == prompt.speech and one.text.tolist() == prompt.text
 
 

@@ -33,7 +33,7 @@ def test_notebooks_11_to_13_make_a_voice_that_loads(tmp_path, monkeypatch):
     made = ssd_repro.load(work / "voice", device="cpu")
     assert made.target.model.config.num_hidden_layers == smoke["layers"]
     assert len(made.draft.model.layers) == 2
-    assert set(made.about["references"]) == set(made.names)
+    assert set(made.front.about["references"]) == set(made.names)
     assert made.reference("bf_emma").std() > 0.01
     assert len((work / "tokens.jsonl").read_text().splitlines()) == 6
     provenance = json.loads((out / "provenance.json").read_text())
@@ -91,7 +91,7 @@ def test_an_average_needs_something_to_average_with():
 def test_the_bundled_tokens_are_of_the_manifest_and_what_a_draft_can_learn_from(tmp_path):
     path, manifest = recipe.tokens_path("bundled", tmp_path), corpus.read_metadata(corpus.MANIFEST)
     manifest, voice = {row["id"]: row for row in manifest}, ssd_repro.load(device="cpu")
-    prompts = voice.about["prompts"]
+    prompts = voice.front.about["prompts"]
     groups = deployed.voice_target(voice.target, 6561, voice.sampler, (1.2, 2.6), prompts).read(path)
     assert len(groups) == 2074
     for group in groups:
