@@ -19,7 +19,7 @@ from .experiment.provenance import results_folder
 from .files import locked, source_tree
 from .processes import _first_process
 from .speech.text import check_text
-from .training import draft, tokenise
+from .training import draft, loop, tokenise
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +83,7 @@ def parser() -> Parser:
     )
     tokens.add_argument("--target", type=Path, required=True, metavar="DIR", help="a released CosyVoice 2 or 3")
     tokens.add_argument("--data", required=True, metavar="DIR", help="LibriTTS, one subset or all of them")
-    tokens.add_argument("--out", type=Path, required=True, metavar="DIR", help="part0.jsonl, ...; a killed one goes on")
+    tokens.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.jsonl, ...; a killed one goes on")
     tokens.set_defaults(function=run_tokenise)
 
     train = commands.add_parser(
@@ -201,9 +201,9 @@ def run_tokenise(options) -> int:
 def run_train_draft(options) -> int:
     from dataclasses import fields
 
-    names = [field.name for field in fields(draft.Settings)]
-    settings = draft.Settings(**{name: getattr(options, name) for name in names})
-    rest = {name: getattr(options, name) for name in ("held_out", "longest", "samples", "device")}
+    names = [field.name for field in fields(loop.Settings) if field.name != "until"]
+    settings = loop.Settings(**{name: getattr(options, name) for name in names})
+    rest = {name: getattr(options, name) for name in ("recipe", "loss", "held_out", "longest", "samples", "device")}
     draft.train(options.target, options.data, options.out, settings, **rest, log=_to_stderr)
     if _first_process():
         print(options.out / "draft.json")

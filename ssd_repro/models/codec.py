@@ -140,7 +140,7 @@ class Codec(nn.Module):
         self.config = c = config
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
-        # Per voice, for the decoded envelope: what training.calibrate finds.
+        # Per voice, for the decoded envelope: what training.codec.calibrate finds.
         self.register_buffer("scale", torch.ones(c.voices, ENVELOPE))
         self.register_buffer("shift", torch.zeros(c.voices, ENVELOPE))
         per_half = FRAMES_PER_TOKEN // 2
@@ -179,7 +179,7 @@ class Codec(nn.Module):
 
     def to_digits(self, codes: Tensor) -> Tensor:
         """Code ids (B, N) -> digits in {-1, 0, 1} (B, N, 8). Raises on ids outside the codebook."""
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.codebook_size):
             raise ValueError(f"speech tokens must be in 0..{self.config.codebook_size - 1}")
         weights = self.config.levels ** torch.arange(self.config.digits, device=codes.device)
         return (codes[..., None] // weights % self.config.levels - 1).float()

@@ -13,7 +13,7 @@ from ..decoding.sampling import Sampler
 from ..models.codec import SAMPLE_RATE, TOKEN_RATE, Codec
 from .audio import read_audio
 from .sentences import Utterance, utterances
-from .text import language, phone_ids, prompt, sentences
+from .text import language, phone_ids, prompt_and_text, sentences
 
 
 class Bundled:
@@ -34,7 +34,7 @@ class Bundled:
 
     def prompt(self, piece: list[int], voice: str) -> tuple[list[int], list[int], list[int]]:
         shown = self.about.get("prompts", {}).get(voice, {"phones": [], "codes": []})
-        prompt_text, text = prompt(piece, voice, shown["phones"])
+        prompt_text, text = prompt_and_text(piece, voice, shown["phones"])
         return text, prompt_text, shown["codes"]
 
     def config(self, text_tokens: int, **fields) -> DecodeConfig:

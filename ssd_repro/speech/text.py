@@ -107,7 +107,9 @@ def plain_phones(ids: list[int]) -> list[int]:
     return [SYMBOL_ID[s] for s in bare if s not in PUNCTUATION]
 
 
-def prompt(phones: Sequence[int], voice: str | None, prompt_phones: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+def prompt_and_text(
+    phones: Sequence[int], voice: str | None, prompt_phones: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
     """Phones -> (prompt text, text), text ids in CosyVoice's layout (``SpeechLM.prefix``).
 
     With a voice: [start][voice] and [phones...][task]. Zero-shot, as CosyVoice's: [start][prompt

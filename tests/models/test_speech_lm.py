@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import generator, tiny_lm
+from transformers import DynamicCache
 
 from ssd_repro.errors import InputError
 from ssd_repro.models.draft import draft_layers, make_draft
@@ -35,6 +36,20 @@ def test_cached_logits_equal_uncached(t, blocks):
         kept += block[: max(0, n - drop)]
         session.crop(t + len(kept))
         assert session.length == session.cache.get_seq_length() == t + len(kept)
+
+
+@torch.inference_mode()
+def test_the_cache_is_cropped_only_to_shorten_it(monkeypatch):
+    """In transformers 5.0.0 crop(0) empties the cache, from 5.20 on it does nothing: it must never come."""
+    asked, crop = [], DynamicCache.crop
+    monkeypatch.setattr(DynamicCache, "crop", lambda cache, length: asked.append(length) or crop(cache, length))
+    session = LM.session()
+    session.prefill(a_prefix(3))
+    session.crop(3)
+    session.extend(torch.tensor([[4, 7]]))
+    for length in (5, 4, 4):
+        session.crop(length)
+    assert asked == [-1] and session.cache.get_seq_length() == 4
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from ssd_repro.experiment.systems import System
 from ssd_repro.models import checkpoints, cosyvoice
 from ssd_repro.models.draft import make_draft
 from ssd_repro.speech import libritts, zero_shot
-from ssd_repro.training import data, tokenise
+from ssd_repro.training import deployed, tokenise
 
 FAKE_UPSTREAM = str(ROOT / "tests" / "fake_upstream")
 TEXTS = ["a b c", "d c b a", "a a b", "c d", "b c d a"]
@@ -208,7 +209,7 @@ def test_the_tokens_front_end_is_not_measured(released, tmp_path):
     rows = run_module.run(voice, systems, voice.utterances(2), tmp_path, "table1", repeats=1)
     assert (rows.front_end == "tokens").all() and rows.p808.isna().all() and rows.word_errors.isna().all()
     assert (rows.audio_seconds == rows.tokens / 25).all() and (rows.lm_seconds > 0).all()
-    assert (rows.carries == "").all()
+    assert (rows.token_kinds == "").all()
 
 
 def test_what_is_missing_is_said(released, monkeypatch):
@@ -222,20 +223,18 @@ def test_what_is_missing_is_said(released, monkeypatch):
         ssd_repro.load(device="cpu", draft="x")
 
 
-def test_tokenised_libritts_is_what_train_draft_reads(released, tmp_path, monkeypatch):
+def test_tokenised_libritts_is_what_train_draft_reads(released, tmp_path):
     out = tmp_path / "rows"
-    monkeypatch.setattr(tokenise, "ROWS_AT_ONCE", 2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        tokenise.tokenise(released / "weights", released / "data", out, log=lambda _: None)
-    part = out / "part1.jsonl"
+    for rank in range(2):
+        process = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0,
+                                  wait_for_everyone=lambda: None)  # fmt: skip
+        tokenise.tokenise(released / "weights", released / "data", out, process, log=lambda _: None)
+    part = out / "00001.jsonl"
     whole = part.read_bytes()
+    assert whole.count(b"\n") == 3  # every second one of those that the first process left
     part.write_bytes(whole[: len(whole) // 2])  # killed in the middle; goes on as one process
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
     assert tokenise.tokenise(released / "weights", released / "data", out, log=lambda _: None) == 15
-    rows = data.read_data(out, data.load_target(released / "weights"))
+    rows = deployed.load_target(released / "weights").read(out)
     assert sorted(group[0].id for group in rows) == list(libritts.index(released / "data"))
     voice = load(released, "tokens")
     for (one,) in rows:

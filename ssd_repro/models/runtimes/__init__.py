@@ -1,0 +1,54 @@
+"""What runs a model's forwards, behind one contract: a language model with sessions (prefill, extend, crop).
+
+eager     the SpeechLM itself, by transformers and torch: the reference
+graphs    static caches and compiled forwards, CUDA graphs on a GPU (``graphs.StaticLM``)
+openvino  the whole forward as one OpenVINO graph, for CPUs (``openvino.OpenVINOLM``)
+
+Timings of different runtimes are never compared: every row says which one it had.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+
+from ...decoding.drafters import LanguageModel
+from ...errors import InputError
+from ..speech_lm import SpeechLM
+from .graphs import StaticLM
+from .openvino import OpenVINOLM
+
+RUNTIMES = ("auto", "eager", "graphs", "openvino")
+
+
+def choose_runtime(runtime: str, device: str) -> str:
+    """eager, graphs or openvino for one of RUNTIMES; auto: openvino on a CPU, eager on a GPU.
+
+    InputError for another name, for openvino on a GPU, and where it is asked for and not installed. Where
+    auto does not find it, a warning says so and eager takes its place.
+    """
+    if runtime not in RUNTIMES:
+        raise InputError(f"runtime {runtime!r} is unknown: choose {', '.join(RUNTIMES)}")
+    on_cpu, installed = device == "cpu", find_spec("openvino") is not None
+    if runtime == "openvino" and not on_cpu:
+        raise InputError(f"runtime openvino is for CPUs and the device is {device}: choose graphs or eager")
+    if runtime == "openvino" and not installed:
+        raise InputError("runtime openvino needs the package openvino (pip install openvino), or choose eager")
+    if runtime != "auto":
+        return runtime
+    if on_cpu and not installed:
+        warnings.warn("openvino is not installed: the eager runtime takes its place, at half its speed", stacklevel=3)
+    return "openvino" if on_cpu and installed else "eager"
+
+
+def with_runtime(lm: SpeechLM, runtime: str, precision: str, threads: int, max_length: int) -> LanguageModel:
+    """``lm``, on its device in fp32, as the language model that decodes. InputError if it cannot be had.
+
+    precision  of weights and products: 'fp32' or 'bf16'; eager and graphs cast ``lm`` itself, in place
+    threads    of a forward (openvino; the others take torch's)
+    max_length positions of a static cache (graphs)
+    """
+    if runtime == "openvino":
+        return OpenVINOLM(lm, threads, precision)
+    lm.cast(precision)
+    return StaticLM(lm, max_length, compile=True) if runtime == "graphs" else lm

@@ -12,7 +12,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...errors import InputError, check_number
 from ..speech_lm import Session, SpeechLM
@@ -22,29 +21,24 @@ class StaticLM:
     """A SpeechLM whose sessions hold at most ``max_length`` positions, prefix included.
 
     Takes the place of the SpeechLM wherever a language model with sessions is asked for; the
-    logits are the same but for rounding. n tokens are fed as the smallest of ``widths`` that
-    holds them, filled up with tokens that nothing sees (more than the largest: as they are).
-    L_d drafted tokens need the widths 1, 2 (draft, after a full acceptance) and L_d + 1.
+    logits are the same but for rounding. Nothing is padded: with a padded verification the
+    price of a draft length would be that of another one.
 
-    compile: each width once through torch.compile, when it is first used (seconds to minutes;
-    on CUDA captured as a CUDA graph, on the CPU C++, which needs a compiler). The prefill is
-    never compiled. Call ``lm.to(device)`` and ``lm.cast`` before. InputError if a setting is
-    out of range, or if this torch is too old to compile.
+    compile: each number of tokens once through torch.compile, when it first comes (seconds to
+    minutes; on CUDA captured as a CUDA graph, on the CPU C++, which needs a compiler). With L_d
+    drafted tokens these are 1, 2 (the draft, after a full acceptance) and L_d + 1, and fewer where
+    max_tokens is near. The prefill is never compiled. Call ``lm.to(device)`` and ``lm.cast`` before.
+    InputError if a setting is out of range, or if this torch is too old to compile.
     """
 
-    def __init__(
-        self, lm: SpeechLM, max_length: int, widths: tuple[int, ...] = (1, 2, 4), compile: bool = False
-    ) -> None:
+    def __init__(self, lm: SpeechLM, max_length: int, compile: bool = False) -> None:
         check_number("max_length", max_length, 1, 1_000_000, whole=True)
-        for width in widths:
-            check_number("a width", width, 1, max_length, whole=True)
         if compile and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             raise InputError(
-                f"compile=True needs a torch.compile with isolate_recompiles, such as 2.13's; this is {torch.__version__}."
+                f"torch {torch.__version__} is too old to compile forwards: its torch.compile lacks isolate_recompiles"
             )
-        self.lm, self.max_length, self.widths, self.compile = lm, max_length, tuple(sorted(widths)), compile
-        self.cells = max_length + max(widths, default=0)  # what fills up may lie beyond max_length
-        self.positions = torch.arange(self.cells, device=lm.head.weight.device)
+        self.lm, self.max_length, self.compile = lm, max_length, compile
+        self.positions = torch.arange(max_length, device=lm.head.weight.device)
         self.step = cache(self._step)
         self._free: list[FixedCache] = []
 
@@ -61,7 +55,7 @@ class StaticLM:
         try:
             found = self._free.pop()  # atomic: threads may share a model
         except IndexError:
-            return FixedCache(self.lm, self.cells)
+            return FixedCache(self.lm, self.max_length)
         for tensor in (*found.keys, *found.values):
             tensor.zero_()
         return found
@@ -69,11 +63,8 @@ class StaticLM:
     def give_back(self, used: FixedCache) -> None:
         self._free.append(used)
 
-    def width(self, n: int) -> int:
-        return next((width for width in self.widths if width >= n), n)
-
-    def _step(self, width: int):
-        """The forward of ``width`` tokens: (1, width), their positions, cache -> logits (1, width, V)."""
+    def _step(self, n: int):
+        """The forward of n tokens: (1, n), their positions, cache -> logits (1, n, V)."""
         lm = self.lm
 
         def step(tokens: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -90,7 +81,7 @@ class StaticLM:
         if not self.compile:
             return step
         # isolate_recompiles: dynamo counts recompilations by code object, and every model
-        # and width shares this one.
+        # and number of tokens shares this one.
         compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False, isolate_recompiles=True)
 
         def run(*inputs) -> Tensor:
@@ -155,12 +146,11 @@ class StaticSession(Session):
     def extend(self, tokens: Tensor) -> Tensor:
         n, model = tokens.shape[1], self.model
         self._check_room(n)
-        width = model.width(n)
-        positions = model.positions[self.length : self.length + width]
-        filled = F.pad(tokens, (0, width - n)) if width > n else tokens.clone()  # always a new tensor
-        logits = model.step(width)(filled, positions, self.cache.keys, self.cache.values)
+        positions = model.positions[self.length : self.length + n]
+        # clone: a view of the tape has another storage offset in each round, a graph one address
+        logits = model.step(n)(tokens.clone(), positions, self.cache.keys, self.cache.values)
         self.length += n
-        return logits[:, :n]
+        return logits
 
     def _check_room(self, n: int) -> None:
         if self.length + n > self.model.max_length:

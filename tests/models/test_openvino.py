@@ -1,0 +1,126 @@
+"""The OpenVINO runtime says what the eager one says: same contract, same logits but for rounding."""
+
+import inspect
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import generator, tiny_lm
+from transformers import LlamaConfig, LlamaModel
+
+from ssd_repro.decoding import drafters
+from ssd_repro.decoding.result import DecodeConfig
+from ssd_repro.decoding.sampling import Sampler
+from ssd_repro.decoding.speculative import autoregressive, speculative
+from ssd_repro.errors import InputError
+from ssd_repro.models.draft import make_draft
+from ssd_repro.models.runtimes import openvino as runtime
+from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+
+pytest.importorskip("openvino")
+TARGET = tiny_lm(layers=4)
+DRAFT = make_draft(TARGET, bottom=1, top=1)
+FAST, FAST_DRAFT = (runtime.OpenVINOLM(lm, threads=1) for lm in (TARGET, DRAFT))
+
+
+def config(greedy=False, **other) -> DecodeConfig:
+    sampler = Sampler(temperature=0) if greedy else Sampler(ras_window=4)
+    return DecodeConfig(**{"sampler": sampler, "max_tokens": 25, "stop_ids": (12,), "tolerance": 0.0, **other})
+
+
+@settings(max_examples=40, deadline=None)
+@given(t=st.integers(1, 6), blocks=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=6))
+@torch.inference_mode()
+def test_logits_are_the_eager_ones(t, blocks):
+    """Blocks of tokens, each followed by a rollback; what was rolled back is never seen again."""
+    prefix = torch.randn(1, t, 16, generator=generator(t))
+    eager, fast = TARGET.session(), FAST.session()
+    torch.testing.assert_close(fast.prefill(prefix), eager.prefill(prefix), atol=1e-4, rtol=1e-4)
+    for i, (n, drop) in enumerate(blocks):
+        tokens = torch.randint(0, 13, (1, n), generator=generator(i))
+        torch.testing.assert_close(fast.extend(tokens), eager.extend(tokens), atol=1e-4, rtol=1e-4)
+        for session in (eager, fast):
+            session.crop(max(1, session.length - drop))
+        assert fast.length == eager.length
+
+
+@torch.inference_mode()
+def test_a_used_state_is_clean_and_tables_grow(monkeypatch):
+    monkeypatch.setattr(runtime, "ROOM", 4)
+    model, prefix = runtime.OpenVINOLM(TARGET, threads=1), torch.randn(1, 7, 16, generator=generator())
+    first, second = model.session(), model.session()
+    assert first.request is not second.request
+    wanted, used = first.prefill(prefix), first.request
+    first.extend(torch.randint(0, 13, (1, 9)))
+    del first
+    again = model.session()
+    assert again.request is used and torch.equal(again.prefill(prefix), wanted)
+    with pytest.raises(RuntimeError):
+        again.prefill(prefix)
+    with pytest.raises(ValueError):
+        again.crop(8)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), draft_length=st.integers(1, 6), longest=st.integers(1, 30))
+def test_greedy_speculative_is_greedy_autoregressive(seed, draft_length, longest):
+    prefix = torch.randn(1, 5, 16, generator=generator(seed))
+    cfg = config(greedy=True, max_tokens=longest, draft_length=draft_length)
+    eager = autoregressive(TARGET, prefix, cfg, generator())
+    assert autoregressive(FAST, prefix, cfg, generator()).tokens == eager.tokens
+    assert speculative(FAST, FAST_DRAFT, prefix, cfg, generator()).tokens == eager.tokens
+
+
+def test_the_same_seed_gives_the_same_tokens():
+    prefix, cfg = torch.randn(1, 5, 16, generator=generator(9)), config(tolerance=0.4)
+    first, second = (speculative(FAST, FAST_DRAFT, prefix, cfg, generator(3)) for _ in range(2))
+    assert first.tokens == second.tokens and first.rounds == second.rounds
+
+
+def test_the_plugin_finds_its_patterns():
+    """Attention and cache are one kernel, the rotary embedding another; without them a step takes twice its time."""
+    kinds = Counter(str(op.get_rt_info()["layerType"].value) for op in FAST.compiled.get_runtime_model().get_ops())
+    assert kinds["ScaledDotProductAttention"] == 4 and kinds["RoPE"] == 8 and kinds["RMS"] == 9
+
+
+@pytest.mark.parametrize("heads, kv_heads, bias", [(14, 2, False), (2, 2, True)])
+@torch.inference_mode()
+def test_other_geometries(heads, kv_heads, bias):
+    """CosyVoice's share of heads, and as many keys as queries; a head without a bias."""
+    torch.manual_seed(0)
+    lm = SpeechLM(small_qwen2(heads * 4, 32, 2, heads, kv_heads, vocab=5, initializer_range=0.3), 13, bias=bias).eval()
+    prefix, tokens = torch.randn(1, 5, heads * 4, generator=generator()), torch.tensor([[1, 2, 3]])
+    eager, fast = lm.session(), runtime.OpenVINOLM(lm, threads=2).session()
+    torch.testing.assert_close(fast.prefill(prefix), eager.prefill(prefix), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast.extend(tokens), eager.extend(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@torch.inference_mode()
+def test_fewer_bits_are_near(precision):
+    if precision == "bf16" and "BF16" not in runtime.capabilities():
+        pytest.skip("this CPU does not compute in bf16")
+    prefix, tokens = torch.randn(1, 5, 16, generator=generator()), torch.tensor([[1, 2, 3]])
+    fast, exact = runtime.OpenVINOLM(TARGET, 1, precision).session(), FAST.session()
+    near = fast.prefill(prefix) - exact.prefill(prefix), fast.extend(tokens) - exact.extend(tokens)
+    assert all(0 < error.abs().max() < 0.3 for error in near)
+
+
+def test_it_keeps_the_contract():
+    for name in ("prefill", "extend", "crop"):
+        ours, contract = getattr(FAST.session(), name), getattr(drafters.Session, name)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(contract).parameters)[1:]
+
+
+def test_what_it_cannot_run_is_said(monkeypatch):
+    llama = LlamaModel(
+        LlamaConfig(vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(InputError, match="not LlamaModel"):
+        runtime.OpenVINOLM(SpeechLM(llama, 13), threads=1)
+    monkeypatch.setattr(runtime, "capabilities", lambda: ("FP32",))
+    for precision in ("bf16", "fp64"):
+        with pytest.raises(InputError, match=f"no precision '{precision}'"):
+            runtime.OpenVINOLM(TARGET, 1, precision)

@@ -1,0 +1,50 @@
+import importlib.util
+
+import pytest
+from toys import tiny_lm
+
+from ssd_repro.errors import InputError
+from ssd_repro.models import runtimes
+from ssd_repro.models.runtimes.graphs import StaticLM
+from ssd_repro.models.runtimes.openvino import OpenVINOLM
+
+
+@pytest.fixture
+def no_openvino(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
+
+
+def test_auto_takes_the_fast_one_of_the_device():
+    assert runtimes.choose_runtime("auto", "cpu") == "openvino"
+    assert runtimes.choose_runtime("auto", "cuda:0") == "eager"
+    assert [runtimes.choose_runtime(name, "cpu") for name in ("eager", "graphs")] == ["eager", "graphs"]
+
+
+def test_without_openvino_auto_says_so_and_is_eager(no_openvino):
+    with pytest.warns(UserWarning, match="eager runtime takes its place"):
+        assert runtimes.choose_runtime("auto", "cpu") == "eager"
+
+
+@pytest.mark.parametrize(
+    "runtime, device, sentence",
+    [
+        ("onnx", "cpu", "runtime 'onnx' is unknown: choose auto, eager"),
+        ("openvino", "cuda:0", "for CPUs and the device is cuda:0"),
+    ],
+)
+def test_what_cannot_be_had_is_said(runtime, device, sentence):
+    with pytest.raises(InputError, match=sentence):
+        runtimes.choose_runtime(runtime, device)
+
+
+def test_asked_for_and_not_installed(no_openvino):
+    with pytest.raises(InputError, match="needs the package openvino"):
+        runtimes.choose_runtime("openvino", "cpu")
+
+
+def test_each_gives_a_model_with_sessions():
+    kinds = {name: type(runtimes.with_runtime(tiny_lm(2), name, "fp32", 1, 64)) for name in runtimes.RUNTIMES[1:]}
+    assert kinds == {"eager": type(tiny_lm(1)), "graphs": StaticLM, "openvino": OpenVINOLM}
+    with pytest.raises(InputError, match="precision 'fp8'"):
+        runtimes.with_runtime(tiny_lm(1), "eager", "fp8", 1, 64)
