@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import as_rank
 
 import ssd_repro
 from ssd_repro import files as files_module
@@ -30,15 +31,6 @@ TIMES = [
 def run(voice, folder, count=7, **other):
     said = sentences.utterances(count, voice.names)
     return run_module.run(voice, SYSTEMS, said, folder, "table1", **other)
-
-
-def as_rank(monkeypatch, rank, world):
-    """As if this process were one of a torch.distributed group, whose fellows never keep it waiting."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
-    monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(dist, "barrier", lambda: None)
-    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own] * world))
 
 
 def test_only_an_initialised_group_makes_several_processes(fake, tmp_path, monkeypatch):
