@@ -4,12 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from ssd_repro.experiment import metrics
+from ssd_repro.experiment import machine, metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
+
+
+def as_rank(monkeypatch, rank, world):
+    """As if this process were one of a torch.distributed group, whose fellows never keep it waiting."""
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own] * world))
 
 
 @pytest.fixture
@@ -23,6 +34,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(ssd_repro, "load", lambda path=None, device="auto", **_: voice)
     monkeypatch.setattr(metrics, "measure", fake_voice.fake_measure)
     monkeypatch.setattr(metrics, "load", lambda *_: None)
+    monkeypatch.setattr(metrics, "models", lambda whisper="", speaker="": {"whisper": whisper, "speaker": speaker})
+    monkeypatch.setattr(machine.LoadMeter, "other_load", lambda _: 0.0)
     return voice
 
 

@@ -16,7 +16,7 @@ from ..errors import InputError
 DRAWS = 2000  # bootstrap resamples
 LEAST = 8  # utterances; of fewer a percentile interval says too little
 SHOWN_DIFFERENT, SHOWN_EQUIVALENT = "shown different", "shown equivalent"
-NOT_SHOWN, TOO_FEW = "no difference shown", f"fewer than {LEAST} utterances"
+NOT_SHOWN, TOO_FEW, NOT_SCORED = "no difference shown", f"fewer than {LEAST} utterances", "not scored"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ MARGINS = "WER ± 1 point, P808 ± 0.1, SS ± 0.02"
 def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of ``statistic(*columns)``, whole utterances resampled, paired over columns.
 
-    columns (n,); ``statistic`` takes them as (draws, n) and reduces the last axis.
+    columns (n,); ``statistic`` takes them as (draws, n) and reduces the last axis. scipy.stats.bootstrap gives the
+    same to 1e-15, but no interval of one utterance, nor where a resample has no value.
     """
     columns = [np.asarray(column, float) for column in columns]
     pick = np.random.default_rng(seed).integers(len(columns[0]), size=(draws, len(columns[0])))
@@ -58,13 +59,15 @@ def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: flo
     return float(low), float(high)
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # empty utterances alone have no ratio
 def ratio_of_sums(a, b):
     """Corpus ratio sum a / sum b over the last axis: WER, LM-RTF, acceptance."""
     return np.asarray(a).sum(-1) / np.asarray(b).sum(-1)
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def corpus_speedup(base_seconds, base_size, seconds, size):
-    """Seconds a unit (of audio: LM-RTF; a token) of the baseline over the system's, each over all utterances."""
+    """Seconds per unit (second of audio, token) of the baseline over the system's, each over all utterances."""
     return ratio_of_sums(base_seconds, base_size) / ratio_of_sums(seconds, size)
 
 
@@ -94,41 +97,39 @@ def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> dict:
     """Ours - theirs of one measure, rows of the same utterances -> difference, low, high, margin, verdict, n.
 
-    Utterances of which either is not known (no sound to judge) are left out of n.
+    Utterances that lack the measure in either (no sound to judge) are left out of n.
     """
     names = [measure.top] + ([measure.bottom] if measure.bottom else [])
-    ours, theirs = paired(ours, theirs)
-    columns = [pd.to_numeric(rows[name]).to_numpy(float) for rows in (ours, theirs) for name in names]
+    columns = [pd.to_numeric(rows[name]).to_numpy(float) for rows in paired(ours, theirs) for name in names]
     known = ~np.isnan(columns).any(0)
-    columns, n = [column[known] for column in columns], int(known.sum())
-    if n == 0:
-        return {"difference": np.nan, "low": np.nan, "high": np.nan, "margin": measure.margin,
-                "verdict": "not heard", "n": 0}  # fmt: skip
 
     def statistic(*c):
         if measure.bottom:
             return 100 * (ratio_of_sums(c[0], c[1]) - ratio_of_sums(c[2], c[3]))
         return np.mean(c[0] - c[1], -1)
 
-    inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
-    return {"difference": float(statistic(*columns)), "low": outer[0], "high": outer[1], "margin": measure.margin,
-            "verdict": verdict(inner, outer, measure.margin, n), "n": n}  # fmt: skip
+    return _compared(statistic, [column[known] for column in columns], measure.margin)
+
+
+def length_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
+    """Seconds of audio over the baseline's, all utterances together; different if the interval leaves 1 out."""
+    return _compared(ratio_of_sums, [rows.audio_seconds for rows in paired(ours, theirs)], None, same=1.0)
+
+
+def _compared(statistic, columns: list, margin: float | None, same: float = 0.0) -> dict:
+    """``statistic(*columns)`` with its 95 % interval, and the verdict; ``same``: its value if nothing differs."""
+    n, value, outer, shown = len(columns[0]), np.nan, (np.nan, np.nan), NOT_SCORED
+    if n:
+        value = float(statistic(*columns))
+        inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
+        shown = verdict(*((low - same, high - same) for low, high in (inner, outer)), margin, n)
+    return {"difference": value, "low": outer[0], "high": outer[1], "margin": margin, "verdict": shown, "n": n}
 
 
 def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFrame:
-    """Each system against ``base``, a line a measure -> columns system, measure, difference, ..., verdict."""
+    """Each system against ``base``, one line per measure -> columns system, measure, difference, ..., verdict."""
     lines = []
     for name, rows in systems.items():
         lines += [{"system": name, "measure": m.name, **difference(rows, base, m)} for m in MEASURES]
         lines.append({"system": name, "measure": "length ratio", **length_ratio(rows, base)})
     return pd.DataFrame(lines).set_index("system")
-
-
-def length_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
-    """Seconds of audio over the baseline's, all utterances together; 'different' if the interval leaves 1 out."""
-    ours, theirs = paired(ours, theirs)
-    columns = ours.audio_seconds, theirs.audio_seconds
-    inner, outer = (bootstrap(ratio_of_sums, *columns, level=level) for level in (0.90, 0.95))
-    shifted = [(low - 1, high - 1) for low, high in (inner, outer)]
-    return {"difference": float(ratio_of_sums(*columns)), "low": outer[0], "high": outer[1], "margin": None,
-            "verdict": verdict(*shifted, None, len(ours)), "n": len(ours)}  # fmt: skip
