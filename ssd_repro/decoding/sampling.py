@@ -72,27 +72,30 @@ def probabilities(logits: Tensor, history: Tensor, sampler: Sampler, banned: Ten
     if sampler.temperature != 1:
         logits = logits / sampler.temperature
     full = logits.softmax(-1)
-    nucleus = _nucleus(full, sampler)
-    sampled = _repetition_aware(nucleus, full, history, sampler) if sampler.ras else nucleus
+    nucleus, peak = _nucleus(full, sampler)
+    sampled = _repetition_aware(nucleus, full, peak, history, sampler) if sampler.ras else nucleus
     if banned is not None and not sampler.bans_by_mask:
         sampled = sampled.masked_fill(banned, 0.0)
         sampled = sampled / sampled.sum(-1, keepdim=True)
     return sampled
 
 
-def _nucleus(full: Tensor, sampler: Sampler) -> Tensor:
-    """CosyVoice's nucleus: at most top_k tokens, while the mass before them is < top_p."""
+def _nucleus(full: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """CosyVoice's nucleus: at most top_k tokens, while the mass before them is < top_p.
+
+    -> the nucleus (..., V) and the most likely token (..., 1).
+    """
     size = full.shape[-1]
     k = min(sampler.top_k or size, size)
     if k == size and sampler.top_p == 1:
-        return full
+        return full, full.argmax(-1, keepdim=True)
     top, index = full.topk(k)  # sorted, descending
     if sampler.top_p < 1:
         top = top * (top.cumsum(-1) - top < sampler.top_p)
-    return torch.zeros_like(full).scatter_(-1, index, top / top.sum(-1, keepdim=True))
+    return torch.zeros_like(full).scatter_(-1, index, top / top.sum(-1, keepdim=True)), index[..., :1]
 
 
-def _repetition_aware(nucleus: Tensor, full: Tensor, history: Tensor, sampler: Sampler) -> Tensor:
+def _repetition_aware(nucleus: Tensor, full: Tensor, peak: Tensor, history: Tensor, sampler: Sampler) -> Tensor:
     """RAS: n(x)[x not in R] + sum over y in R of n(y) f(x) [x != y] / (1 - f(y)), (..., V).
 
     Without ras_masks_repeat the sum is of n(y) f(x). n: the nucleus, f: the full softmax,
@@ -109,7 +112,6 @@ def _repetition_aware(nucleus: Tensor, full: Tensor, history: Tensor, sampler: S
     n, f = nucleus.gather(-1, index), full.gather(-1, index)
     if sampler.ras_masks_repeat:
         # 1 - f(y) without cancellation: for the most likely token add up all the others.
-        peak = full.argmax(-1, keepdim=True)
         others = full.scatter(-1, peak, 0.0).sum(-1, keepdim=True)
         rest, drawn = torch.where(index == peak, others, 1 - f), ~same
     else:
