@@ -50,8 +50,7 @@ class Layout:
     def banned_ids(self) -> tuple[int, ...]:
         """What upstream's ignore_eos masks before the minimum length: this one id, in both versions.
 
-        In version 2 it is the end of speech, the other two stop tokens stay possible. In
-        version 3 it is sos: its end of speech, 6562, stays possible before the minimum length.
+        The other stop tokens stay possible then: in version 3 even the end of speech, 6562.
         """
         return (SPEECH_TOKENS,)
 

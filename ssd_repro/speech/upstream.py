@@ -112,10 +112,7 @@ def _refuse_streaming_text(tts: Callable) -> Callable:
     @wraps(tts)
     def checked(text=None, *args, **kwargs):
         if isinstance(text, Generator):
-            raise InputError(
-                "text given as a generator (streaming text) is not accelerated: give the text as one string, or call "
-                "undo() first."
-            )
+            raise InputError("streaming text (a generator) is not accelerated: give one string, or call undo() first.")
         return tts(*args, **kwargs) if text is None else tts(text, *args, **kwargs)
 
     return checked
@@ -183,15 +180,9 @@ def upstream_sampling(llm) -> tuple[Sampler, tuple[int, ...]]:
     masked, redrawn = (tuple(t for t, seen in tried.items() if seen[i]) for i in (0, 1))
     if bool(masked) == bool(redrawn):
         raise InputError("this commit of CosyVoice treats ignore_eos in an unknown way; pass another checkout.")
-    sampler = Sampler(
-        top_k=given["top_k"],
-        top_p=given["top_p"],
-        ras_window=given["win_size"],
-        ras_tau=given["tau_r"],
-        ras_masks_repeat=masks_repeat,
-        bans_by_mask=bool(masked),
-    )
-    return sampler, masked or redrawn
+    names = {"top_k": "top_k", "top_p": "top_p", "win_size": "ras_window", "tau_r": "ras_tau"}  # upstream's -> ours
+    settings = {ours: given[theirs] for theirs, ours in names.items()}
+    return Sampler(**settings, ras_masks_repeat=masks_repeat, bans_by_mask=bool(masked)), masked or redrawn
 
 
 def _check_draft(draft: SpeechLM | None, target: SpeechLM) -> None:

@@ -19,6 +19,7 @@ from ssd_repro.decoding.result import PHASES, DecodeResult, NumericsError, Round
 from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.models import checkpoints
 from ssd_repro.speech import text
+from ssd_repro.speech.text import VOICES
 from ssd_repro.speech.voice import Voice
 
 load_module = importlib.import_module("ssd_repro.speech.load")
@@ -31,21 +32,20 @@ def voice():
     return ssd_repro.load(device="cpu")
 
 
-def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice):
-    settings = {"sampler": Sampler(temperature=0.0), "max_tokens": 40}
-    for name in voice.names:
-        phones = text.phone_ids("The boat is ready, and so am I.", text.language(name))
+@pytest.mark.parametrize("name", VOICES)
+def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice, name):
+    phones = text.phone_ids("The boat is ready, and so am I.", text.language(name))
+    settings = {"sampler": Sampler(temperature=0.0), "max_tokens": 32}
 
-        def decode(method, draft_length, phones=phones, name=name):
-            generator = torch.Generator().manual_seed(0)
-            return voice.decode(phones, method, name, 0.0, draft_length, generator, **settings)
+    def decode(method, draft_length):
+        return voice.decode(phones, method, name, 0.0, draft_length, torch.Generator().manual_seed(0), **settings)
 
-        alone = decode("autoregressive", 3)
-        for draft_length in (1, 3, 6):
-            made = decode("speculative", draft_length)
-            assert made.tokens == alone.tokens and len(alone.tokens) > 25
-            assert 0 < made.accepted < made.drafted  # the draft's work, and not the target's
-            assert made.target_calls < alone.target_calls
+    alone = decode("autoregressive", 3)
+    for draft_length in (1, 3, 6) if name == VOICES[0] else (3,):
+        made = decode("speculative", draft_length)
+        assert made.tokens == alone.tokens and len(alone.tokens) > 20
+        assert 0 < made.accepted < made.drafted  # the draft's work, and not the target's
+        assert made.target_calls < alone.target_calls
 
 
 def test_same_seed_same_tokens_and_another_seed_others(voice):
