@@ -107,6 +107,7 @@ def train_draft(
     loss, out, accelerator = loss or RECIPES[recipe], Path(out), accelerator or processes()
     check_choice("loss", loss, LOSSES)
     facts = {"recipe": recipe, "loss": loss, "target": checkpoints.weights_sha256(target.lm)}
+    facts["until"] = settings.until  # a draft that is done does not go on
     ours = identity(settings, facts, learned, dev)
 
     def finished() -> tuple[SpeechLM, list[dict]] | None:
@@ -125,7 +126,7 @@ def train_draft(
         about = {"identity": ours, "settings": asdict(settings), "processes": accelerator.num_processes}
         about |= {"rows": len(learned), "device": str(accelerator.device), "torch": torch.__version__}
         checkpoints.save_draft(out, task.draft, target.lm, {**about, **git_state(), "log": rows})
-        (out / "checkpoint.pt").unlink()
+        (out / "checkpoint.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return task.draft, rows
 

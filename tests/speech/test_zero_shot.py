@@ -16,7 +16,7 @@ import tiny_cosyvoice
 import tiny_onnx
 import torch
 import yaml
-from conftest import ROOT, as_rank
+from conftest import ROOT
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
 import ssd_repro
