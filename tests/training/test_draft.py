@@ -418,6 +418,7 @@ def test_a_shard_that_was_cut(world, tmp_path):
     ("more", "sentence"),
     [
         ({"recipe": "magic"}, "recipe is 'magic'"),
+        ({"loss": "magic"}, "loss is 'magic'"),
         ({"batch": 99}, "batch is 99; it must be from 1 to 22"),
         ({"accumulate": 7}, "need at least 7"),
         ({"held-out": 14}, "held_out is 14"),
