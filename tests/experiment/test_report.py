@@ -119,7 +119,7 @@ def test_two_runs_into_one_folder(fake, tmp_path, capsys):
 
 
 def test_sliders_decode_again_and_redraw_in_place(fake):
-    shown = interactive.Listener(fake, "A sentence to hear.", "af_heart", 0.4, 3, 5)
+    shown = interactive.Listener(fake, sentences.Utterance("a", "A sentence to hear.", "af_heart", 5), 0.4, 3)
     player, timeline, calls = shown.player.value, shown.timeline.value, len(fake.calls)
     assert timeline[:4] == b"\x89PNG" and "<audio" in player and calls == 1
     widgets = shown.widget.children
