@@ -16,6 +16,7 @@ from ..processes import is_first, is_launched, launched_group, run_in_processes
 from .provenance import results_folder
 
 COMMITTED = "mini"  # the profile whose results README shows
+QUIET = "ignore:pkg_resources is deprecated:UserWarning,ignore:resource_tracker:UserWarning"  # pyworld's; on Ctrl-C
 FIRST_TRAINING = "10"  # notebooks numbered from here on train: they run with --only alone
 
 
@@ -152,6 +153,7 @@ def run_notebooks(profile: str, only: list[str], out: str, options: list[tuple[s
     if processes < 1:
         raise InputError(f"--processes must be a whole number of at least 1, got {processes}")
 
+    os.environ.setdefault("PYTHONWARNINGS", QUIET)
     with locked(folder / ".run.lock") if is_first() else nullcontext():
         if is_launched() or processes > 1:
             from .studies import make_rows  # needs torch
@@ -183,7 +185,6 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
 
     running, failed, done = (out / f"{source.stem}.{end}" for end in ("running.ipynb", "failed.ipynb", "ipynb"))
     print(f"{source.stem} -> {done}", file=sys.stderr)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:pkg_resources is deprecated:UserWarning")  # pyworld's
     try:
         papermill.execute_notebook(
             str(source),
