@@ -21,7 +21,7 @@ def table1(tolerance: float, draft_length: int, **_) -> list[System]:
 
 
 def listen(**parameters) -> list[System]:
-    return [replace(system, heard=False) for system in table1(**parameters)]
+    return [replace(system, scored=False) for system in table1(**parameters)]
 
 
 def stages(tolerance: float, draft_length: int, **_) -> list[System]:
@@ -33,12 +33,12 @@ def tolerance_grid(tolerances: list[float], draft_length: int, **_) -> list[Syst
 
 
 def draft_length_grid(draft_lengths: list[int], tolerance: float, **_) -> list[System]:
-    return grid(draft_lengths=draft_lengths, tolerance=tolerance, heard=False)
+    return grid(draft_lengths=draft_lengths, tolerance=tolerance, scored=False)
 
 
 def one_setting_at_a_time(tolerances, draft_lengths, tolerance, draft_length, temperatures=(), **_) -> list[System]:
     lengths = [draft_length, *draft_lengths]
-    return grid(tolerances, lengths, temperatures, tolerance, draft_length, heard=False)
+    return grid(tolerances, lengths, temperatures, tolerance, draft_length, scored=False)
 
 
 # notebook -> (name of its rows file, its parameters -> the systems that it compares)

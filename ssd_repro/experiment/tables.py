@@ -130,8 +130,8 @@ def systems(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def quality(rows: pd.DataFrame) -> pd.DataFrame:
     """Every system that was heard against the autoregressive target (``compare.quality``)."""
-    heard = {name: group for name, group in systems(rows).items() if group.heard.all()}
-    return statistics.quality(heard, of_method(rows, "autoregressive"))
+    scored = {name: group for name, group in systems(rows).items() if group.scored.all()}
+    return statistics.quality(scored, of_method(rows, "autoregressive"))
 
 
 def table3(rows: pd.DataFrame) -> pd.DataFrame:

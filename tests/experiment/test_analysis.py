@@ -75,13 +75,13 @@ def test_word_errors_differ_as_a_ratio_of_sums():
     )  # not the mean of 100 and 0 points
 
 
-def test_what_was_not_heard_is_left_out_and_counted():
+def test_what_was_not_scored_is_left_out_and_counted():
     ours, base = two_systems(np.zeros(20))
     ours.loc[3, "p808"] = np.nan
     base.loc[4, "p808"] = np.nan
     assert statistics.difference(ours, base, P808)["n"] == 18
     nothing = statistics.difference(ours.assign(p808=np.nan), base, P808)
-    assert nothing["verdict"] == "not heard" and nothing["n"] == 0
+    assert nothing["verdict"] == statistics.NOT_SCORED and nothing["n"] == 0
 
 
 def test_quality_has_every_measure_of_every_system():
@@ -120,23 +120,23 @@ def test_judged_drafts_by_hand():
     assert resampled == [(1, 1, True), (2, 2, False)]
 
 
-def test_what_tokens_carry():
+def test_kinds_of_tokens():
     b = "boundary"
     assert acceptance.kinds("ss..ss") == ["speech", b, b, b, b, "speech"]
     assert acceptance.kinds("...sss") == ["silence", "silence", b, b, "speech", "speech"]
     assert acceptance.kinds("s") == ["speech"] and acceptance.kinds("") == []
     line = ssd(0, [[3, 2], [3, 0]])  # 4 tokens: 2 accepted, 1 for the rejected, 1 for another rejected
-    events = acceptance.row_events({**line, "carries": "..ss"})
-    assert [(place, kind, accepted) for place, _, kind, accepted in events] == [
-        (1, "silence", True), (2, b, True), (3, b, False), (1, "speech", False)]  # fmt: skip
-    assert {kind for _, _, kind, _ in acceptance.row_events({**line, "carries": ""})} == {"unknown"}
+    events = acceptance.row_events({**line, "token_kinds": "..ss"})
+    found = [(position, kind, accepted) for position, _, kind, accepted in events]
+    assert found == [(1, "silence", True), (2, b, True), (3, b, False), (1, "speech", False)]
+    assert {kind for _, _, kind, _ in acceptance.row_events({**line, "token_kinds": ""})} == {"unknown"}
 
 
 def test_two_sentences_of_one_text_are_kept_apart():
-    line = ssd(0, [[3, 3]]) | {"rounds": [[[0, 0], [3, 0]], [[0, 0], [3, 1]]], "pieces": [2, 3], "tokens": 5,
-                               "carries": "ss..."}  # fmt: skip
-    assert [(round(along, 2), kind) for _, along, kind, _ in acceptance.row_events(line)] == [
-        (0.2, "speech"), (0.6, "silence"), (0.8, "silence")]  # fmt: skip
+    rounds = [[[0, 0], [3, 0]], [[0, 0], [3, 1]]]
+    line = ssd(0, [[3, 3]]) | {"rounds": rounds, "pieces": [2, 3], "tokens": 5, "token_kinds": "ss..."}
+    found = [(round(along, 2), kind) for _, along, kind, _ in acceptance.row_events(line)]
+    assert found == [(0.2, "speech"), (0.6, "silence"), (0.8, "silence")]
 
 
 def test_rates_over_each_setting():

@@ -22,7 +22,7 @@ def voiced(seconds=3.0, pitch=120.0, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("reference", "heard", "errors", "words"),
+    ("reference", "transcript", "errors", "words"),
     [
         ("The colour of Mr. Brown's 2 coats.", "the color of mister browns two coats", 0, 7),
         ("I don't know twenty-one people.", "I do not know 21 people", 0, 6),
@@ -31,8 +31,8 @@ def voiced(seconds=3.0, pitch=120.0, seed=0):
         ("one small step", "", 3, 3),
     ],
 )
-def test_word_errors_after_whispers_normaliser(reference, heard, errors, words):
-    found = metrics.word_errors(reference, heard)
+def test_word_errors_after_whispers_normaliser(reference, transcript, errors, words):
+    found = metrics.word_errors(reference, transcript)
     if "Brown's" in reference:  # the normaliser keeps the possessive apart: "brown s"
         assert found[1] > 0 and found[0] <= 2
     else:
@@ -91,7 +91,7 @@ def test_the_two_halves_are_joined_once_and_again_if_cut_short(monkeypatch, tmp_
         (half / f"model.bin.part{number}").write_bytes(content)
         halves.append(half)
     (halves[0] / "config.json").write_text("{}")
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(metrics, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(metrics.metadata, "version", lambda _: "1")
     folder = metrics._joined(halves)
     assert (folder / "model.bin").read_bytes() == b"leftright"
