@@ -20,28 +20,33 @@ from .errors import InputError
 from .files import locked, source_tree
 from .processes import is_first, launched_group
 
+REQUIRED = object()
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else "")
 
-    def add(self, name: str, default, text: str, kind=str, metavar: str | None = None) -> None:
-        """An option; its help ends with its default."""
-        text += f"; default {default}" if default not in (None, "") else ""
-        self.add_argument(name, type=kind, default=default, metavar=metavar or "N", help=text)
+    def add(self, name: str, default, text: str, kind=None) -> None:
+        """An option of the default's type, or ``kind``; its help ends with its default."""
+        kind, required = kind or type(default), default is REQUIRED
+        text = text if required or default in (None, "") else f"{text}; default {default}"
+        metavar = {int: "N", float: "X", str: "NAME", Path: "PATH"}[kind]
+        default = None if required else default
+        self.add_argument(name, type=_parse[kind], default=default, required=required, metavar=metavar, help=text)
 
 
-def _number(kind, name: str):
+def _number(kind, wanted: str):
     def parse(text: str):
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
 
     return parse
 
 
-WHOLE, REAL = _number(int, "a whole number"), _number(float, "a number")
+_parse = {int: _number(int, "a whole number"), float: _number(float, "a number"), str: str, Path: Path}
 
 
 def parser() -> Parser:
@@ -50,86 +55,60 @@ def parser() -> Parser:
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
-    speak.add("--method", "speculative", "autoregressive, draft or speculative", metavar="NAME")
-    speak.add("--tolerance", 0.4, "from 0 (lossless) to 1", REAL, "BETA")
-    speak.add("--draft-length", 3, "drafted tokens per round, from 1 to 64", WHOLE)
-    speak.add("--voice", "af_heart", "who speaks", metavar="NAME")
-    speak.add("--seed", 0, "of the sampling, at least 0", WHOLE)
-    speak.add("--device", "auto", "auto, cpu or cuda", metavar="NAME")
-    speak.add("--threads", None, "CPU threads; without it what is best for the voice", WHOLE)
-    speak.add("--weights", None, "another voice folder than the bundled one", metavar="FOLDER")
-    speak.add("--out", None, "where the sound goes; without it nothing is written", Path, "FILE.wav")
+    speak.add("--method", "speculative", "autoregressive, draft or speculative")
+    speak.add("--tolerance", 0.4, "beta, from 0 (lossless) to 1")
+    speak.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
+    speak.add("--voice", "af_heart", "who speaks")
+    speak.add("--seed", 0, "of the sampling, at least 0")
+    speak.add("--device", "auto", "auto, cpu or cuda")
+    speak.add("--threads", None, "of the CPU; without it what is best for the voice", int)
+    speak.add("--weights", None, "another voice folder than the bundled one", Path)
+    speak.add("--out", None, "the WAV file to write; without it nothing is written", Path)
     speak.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     speak.set_defaults(function=run_speak)
 
-    run = commands.add_parser(
-        "run",
-        help="execute the notebooks into results/<profile>/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.add("--profile", "quick", "a file of notebooks/profiles, below", metavar="NAME")
+    run = commands.add_parser("run", help="execute the notebooks into results/<profile>/")
+    run.add("--profile", "quick", "a file of notebooks/profiles, without .yaml")
     run.add_argument("--only", nargs="+", default=[], metavar="NUMBER", help="only these notebooks, such as 01")
-    run.add("--out", "", "results folder; default results/<profile>", metavar="DIR")
-    run.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a parameter of the notebooks, over the profile's",
-    )
-    run.add("--processes", 1, "share the utterances among so many processes of this machine", WHOLE)
+    run.add("--out", "", "results folder; default results/<profile>")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    run.add("--processes", 1, "share the utterances among so many processes of this machine")
     run.set_defaults(function=run_run)
     run.format_help = lambda: _help_of_run(run)
 
     report = commands.add_parser("report", help="make the tables and figures of results/<profile>/ from its rows again")
-    report.add("--profile", "quick", "names the results folder", metavar="NAME")
-    report.add("--out", "", "results folder; default results/<profile>", metavar="DIR")
-    report.add(
-        "--readme",
-        None,
-        "put the tables between its markers <!-- name -->; default the checkout's README.md for "
-        "the profile whose results it shows",
-        Path,
-        "FILE",
-    )
+    report.add("--profile", "quick", "names the results folder")
+    report.add("--out", "", "results folder; default results/<profile>")
+    report.add("--readme", None, "file to put the tables into; default README.md, for the profile that it shows", Path)
     report.set_defaults(function=run_report)
 
     tokens = commands.add_parser(
         "tokenise", help="LibriTTS as the rows that train-draft learns from; alone or launched"
     )
-    tokens.add_argument("--target", type=Path, required=True, metavar="DIR", help="a released CosyVoice 2 or 3")
-    tokens.add_argument("--data", required=True, metavar="DIR", help="LibriTTS, one subset or all of them")
-    tokens.add_argument("--out", type=Path, required=True, metavar="DIR", help="part0.jsonl, ...; a killed one goes on")
+    tokens.add("--target", REQUIRED, "a released CosyVoice 2 or 3", Path)
+    tokens.add("--data", REQUIRED, "LibriTTS, one subset or all of them", Path)
+    tokens.add("--out", REQUIRED, "folder for part0.jsonl, ...; the same command goes on where a killed one was", Path)
     tokens.set_defaults(function=run_tokenise)
 
-    train = commands.add_parser(
-        "train-draft", help="train a draft for a target; alone, or by accelerate launch or torchrun"
-    )
-    for name, text in (
-        ("--target", "CosyVoice 2 or 3, or a voice folder"),
-        ("--data", "rows of text and speech tokens, *.jsonl[.gz]"),
-        ("--out", "draft.json, draft.safetensors, log.jsonl; the same command goes on where a killed one was"),
-    ):
-        train.add_argument(name, type=Path, required=True, metavar="DIR", help=text)
-    train.add(
-        "--recipe", "paper", "paper: learn from the data's speech; on-policy: from the target's own", metavar="NAME"
-    )
-    train.add("--loss", "", "ce (default for the paper's recipe) or kl (for on-policy)", metavar="NAME")
-    train.add("--device", "auto", "auto, cpu or cuda", metavar="NAME")
-    train.add("--precision", "bf16", "bf16 or fp32", metavar="NAME")
-    train.add("--steps", 20_000, "optimiser steps", WHOLE)
-    train.add("--batch", 64, "utterances per step, over all processes", WHOLE)
-    train.add("--accumulate", 1, "parts that a process's share of the batch is cut into", WHOLE)
-    train.add("--learning-rate", 3e-4, "the highest, after the warm-up", REAL)
-    train.add("--warmup", 200, "steps until then", WHOLE)
-    train.add("--weight-decay", 0.05, "AdamW's", REAL)
-    train.add("--seed", 0, "decides batches, samples and what is held out", WHOLE)
-    train.add("--save-every", 200, "steps between checkpoints", WHOLE)
-    train.add("--held-out", 64, "rows that are only evaluated on", WHOLE)
-    train.add("--longest", 1500, "speech tokens; longer rows are left out", WHOLE)
-    train.add("--samples", None, "rows that the on-policy recipe speaks; default all", WHOLE)
+    train = commands.add_parser("train-draft", help="train a draft for a target; alone or launched")
+    train.add("--target", REQUIRED, "CosyVoice 2 or 3, or a voice folder", Path)
+    train.add("--data", REQUIRED, "folder of rows of text and speech tokens, *.jsonl[.gz]", Path)
+    train.add("--out", REQUIRED, "folder for the draft; the same command goes on where a killed one was", Path)
+    train.add("--recipe", "paper", "paper: learn from the data's speech; on-policy: from the target's own")
+    train.add("--loss", "", "ce (default for the paper's recipe) or kl (for on-policy)")
+    train.add("--device", "auto", "auto, cpu or cuda")
+    train.add("--precision", "bf16", "bf16 or fp32")
+    train.add("--steps", 20_000, "optimiser steps")
+    train.add("--batch", 64, "utterances per step, over all processes")
+    train.add("--accumulate", 1, "parts that a process's share of the batch is cut into")
+    train.add("--learning-rate", 3e-4, "the highest, after the warm-up")
+    train.add("--warmup", 200, "steps until then")
+    train.add("--weight-decay", 0.05, "AdamW's")
+    train.add("--seed", 0, "decides batches, samples and what is held out")
+    train.add("--save-every", 200, "steps between checkpoints")
+    train.add("--held-out", 64, "rows that are only evaluated on")
+    train.add("--longest", 1500, "speech tokens; longer rows are left out")
+    train.add("--samples", None, "rows that the on-policy recipe speaks; default all", int)
     train.set_defaults(function=run_train_draft)
     return top
 
@@ -153,7 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"ssd-repro: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ssd-repro: interrupted; the same command goes on where it was", file=sys.stderr)
+        goes_on = "" if options.command in ("speak", "report") else "; the same command goes on where it was"
+        print(f"ssd-repro: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 
@@ -182,20 +162,17 @@ def run_speak(options) -> int:
     with redirect_stdout(sys.stderr):  # whatever a library prints
         voice = load(options.weights, device=options.device, threads=options.threads)
         take = voice.speak(options.text, **settings)
-        try:
-            written = options.out and str(take.save(options.out))
-        except OSError as error:
-            raise InputError(f"--out {options.out} cannot be written: {error.strerror}") from error
+        written = options.out and str(take.save(options.out))
     print(json.dumps({**take.summary(), "out": written}) if options.json else _described(take, written))
     return 0
 
 
 def _described(take, written: str | None) -> str:
     """A take in a few lines for a person."""
-    rates = f"LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}"
+    rates = f", LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}" if take.token_ids else ": the text came out empty"
     lines = [
         f"{take.method}, voice {take.voice}, seed {take.seed}, {take.device}",
-        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio, {rates}",
+        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio{rates}",
     ]
     if take.acceptance_rate is not None:
         per_call = f"{take.tokens_per_target_call:.2f} tokens per target call"
@@ -207,7 +184,7 @@ def _described(take, written: str | None) -> str:
 def run_run(options) -> int:
     from .experiment.notebooks import run_notebooks
 
-    return run_notebooks(options.profile, options.only, options.out, options.parameters, options.processes)
+    return run_notebooks(options.profile, options.only, options.out, options.p, options.processes)
 
 
 def run_report(options) -> int:
@@ -231,7 +208,7 @@ def run_report(options) -> int:
 def run_tokenise(options) -> int:
     from .training import tokenise
 
-    if not Path(options.data).is_dir():
+    if not options.data.is_dir():
         raise InputError(f"--data {options.data} is not a folder: give that of LibriTTS")
     with launched_group():
         count = tokenise.tokenise(
