@@ -74,6 +74,4 @@ def three_systems(utterances=4):
         "draft": (1.0, {}),
         "speculative": (1.5, {"tolerance": 0.4, "draft_length": 3, **judged}),
     }
-    return pd.DataFrame(
-        [row(method, i, lm, **own) for method, (lm, own) in systems.items() for i in range(utterances)]
-    )
+    return pd.DataFrame([row(method, i, lm, **own) for method, (lm, own) in systems.items() for i in range(utterances)])

@@ -62,9 +62,11 @@ def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
     name = whisper or os.environ.get(WHISPER_VARIABLE, "") or "base"
     device = "" if _whisper_device() == "cpu" else f", {_whisper_device()}"
     return {
-        "whisper": f"{name} {file_digest(Path(find_whisper(whisper), 'model.bin'))}{device}",
-        "speaker": f"{speaker or 'GE2E'} {file_digest(_speaker_file(speaker))}",
-        "dnsmos": " ".join(file_digest(_dnsmos_folder() / name) for name in DNSMOS_FILES),
+        "whisper": name + device,
+        "whisper_sha256": file_digest(Path(find_whisper(whisper), "model.bin")),
+        "speaker": speaker or "GE2E",
+        "speaker_sha256": file_digest(_speaker_file(speaker)),
+        "dnsmos_sha256": " ".join(file_digest(_dnsmos_folder() / file) for file in DNSMOS_FILES),
     }
 
 
