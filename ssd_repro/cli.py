@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         goes_on = "" if options.command in ("speak", "report") else "; the same command goes on where it was"
-        print(f"ssd-repro: interrupted{goes_on}", file=sys.stderr)
+        print(f"\nssd-repro: interrupted{goes_on}", file=sys.stderr)  # below a progress bar
         return 130
 
 

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -14,7 +12,7 @@ import ssd_repro
 from ssd_repro import files as files_module
 from ssd_repro import processes
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import machine, metrics, tables
+from ssd_repro.experiment import machine, metrics
 from ssd_repro.experiment import rows as rows_module
 from ssd_repro.experiment import run as run_module
 from ssd_repro.experiment.systems import System
@@ -175,19 +173,6 @@ def test_no_process_measures_while_another_is_timed(fake, tmp_path, monkeypatch)
         run(fake, tmp_path, count=2 * run_module.BLOCK + 1, repeats=1)
         short = [kind for i, kind in enumerate(order) if kind == "wait" or i == 0 or order[i - 1] != kind]
         assert short == expected
-
-
-def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command = [*launch, "-m", "ssd_repro", "run", "--out", "out", "--only", "01", "-p", "sentences", "3"]
-    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "out"
-    assert files(out) == {"table1.jsonl"} and {p.name for p in out.glob("*.ipynb")} == {"01_table1.ipynb"}
-    rows = files_module.read_rows(out / "rows" / "table1.jsonl")
-    assert len(rows) == 9 and {row["processes"] for row in rows} == {2}
-    table = tables.table1(run(fake, tmp_path / "alone", count=3))
-    pd.testing.assert_frame_equal(table, tables.table1(tables.rows_of_run(out, "01_table1")[0]))
 
 
 def _one_rank(rank, folder):
