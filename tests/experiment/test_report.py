@@ -1,10 +1,6 @@
 """``ssd-repro report`` and the sliders: everything from rows alone, and decoding in place."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import pandas as pd
 import pytest
@@ -119,7 +115,7 @@ def test_two_runs_into_one_folder(fake, tmp_path, capsys):
 
 
 def test_sliders_decode_again_and_redraw_in_place(fake):
-    shown = interactive.Listener(fake, "A sentence to hear.", "af_heart", 0.4, 3, 5)
+    shown = interactive.Listener(fake, sentences.Utterance("a", "A sentence to hear.", "af_heart", 5), 0.4, 3)
     player, timeline, calls = shown.player.value, shown.timeline.value, len(fake.calls)
     assert timeline[:4] == b"\x89PNG" and "<audio" in player and calls == 1
     widgets = shown.widget.children
@@ -130,49 +126,3 @@ def test_sliders_decode_again_and_redraw_in_place(fake):
     shown.tolerance.value = 0.9
     assert len(fake.calls) == 3 and shown.player.value != longer
     assert not shown.tolerance.continuous_update  # one decode a slide, not one a pixel
-
-
-def test_processes_end_with_their_parent(fake_environment, tmp_path):
-    """kill -9 of the command: its processes go too, the lock is free, and the next run goes on."""
-    command = [sys.executable, "-m", "ssd_repro", "run", "--only", "03", "--processes", "2", "--out", "out",
-               "-p", "sentences", "40", "-p", "repeats", "1"]  # fmt: skip
-    rows = tmp_path / "out" / "rows"
-    going = subprocess.Popen(command, cwd=tmp_path, env=fake_environment, stderr=subprocess.DEVNULL)
-    while not any(path.stat().st_size for path in rows.glob("*.rank1.jsonl")):
-        assert going.poll() is None
-        time.sleep(0.02)
-    going.kill()
-    going.wait()
-    for _ in range(100):
-        try:
-            with files.locked(tmp_path / "out" / ".run.lock"):
-                break
-        except InputError:
-            time.sleep(0.1)
-    else:
-        pytest.fail("a process outlived the command")
-    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    keys = [row["key"] for row in files.read_rows(rows / "draft_length.jsonl")]
-    assert len(keys) == len(set(keys)) == 3 * 40
-
-
-def test_a_process_that_refuses_says_so_once(fake_environment, tmp_path):
-    command = [sys.executable, "-m", "ssd_repro", "run", "--only", "03", "--processes", "2", "--out", "out",
-               "-p", "draft_lengths", "[65]"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "draft_length" in done.stderr and not list((tmp_path / "out").glob("*.ipynb"))
-
-
-def test_several_processes_make_the_rows_of_one(fake_environment, tmp_path):
-    """--processes: shares, then the first executes the notebook; nothing is decoded by it again."""
-    command = [sys.executable, "-m", "ssd_repro", "run", "--only", "03", "--processes", "2", "--out", "out",
-               "-p", "sentences", "5", "-p", "repeats", "1"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = files.read_rows(tmp_path / "out" / "rows" / "draft_length.jsonl")
-    assert len(rows) == len({row["key"] for row in rows}) == 3 * 5
-    assert {row["processes"] for row in rows} == {2} and not any(row["scored"] for row in rows)
-    assert "in each of 2 processes" in (tmp_path / "out" / "tables" / "figure3.md").read_text()
-    assert os.listdir(tmp_path / "out" / "figures") and ROOT.exists()

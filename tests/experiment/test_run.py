@@ -20,7 +20,7 @@ from made_rows import three_systems
 from ssd_repro import files
 from ssd_repro.decoding.result import DecodeResult, Round
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import figures, machine, metrics, notebooks, provenance, report, systems, tables
+from ssd_repro.experiment import figures, machine, metrics, provenance, report, systems, tables
 from ssd_repro.experiment import rows as rows_module
 from ssd_repro.experiment import run as run_module
 from ssd_repro.experiment.systems import System
@@ -481,26 +481,3 @@ def test_timeline_accounts_for_every_token(fake):
 def test_an_accepted_end_of_speech_ends_the_timeline():
     row = {"rounds": [[[0, 0], [3, 2]]], "pieces": [2], "gap_seconds": 0.2}  # the 2nd accepted is the end
     assert list(figures.timeline_events(row).kind) == ["sampled", "accepted", "accepted", "discarded"]
-
-
-# Notebook parameters
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "good"),
-    [(3, "int", True), (True, "int", False), (2.5, "int", False), ("3", "int", False), (3, "float", True),
-     (True, "float", False), ("x", "str", True), (1, "str", False), (True, "bool", True), (1, "bool", False),
-     ([1, 2], "list[int]", True), ([1, "2"], "list[int]", False), ([0.1, 1], "list[float]", True),
-     (1, "list", False), ([1], "list", True)],
-)  # fmt: skip
-def test_a_value_fits_its_declared_type(value, kind, good):
-    assert notebooks.fits(value, kind) is good
-
-
-def test_parameters_that_papermill_only_warns_of_are_errors():
-    cell = {"__annotations__": {"seed": int, "text": "str"}, "seed": 0, "text": "a", "In": [""]}
-    assert notebooks.check_parameters(cell) == {"seed": 0, "text": "a"}
-    with pytest.raises(InputError, match="seed must be int, got 'one'"):
-        notebooks.check_parameters(cell | {"seed": "one"})
-    with pytest.raises(InputError, match="unknown parameter 'sed'"):
-        notebooks.check_parameters(cell | {"In": ["seed = 0", "# Parameters\nsed = 1\n"]})
