@@ -12,6 +12,7 @@ import seaborn as sns
 
 from ..files import write_bytes
 from ..models.codec import TOKEN_RATE
+from .tables import PHASES
 
 PALETTE = sns.color_palette("colorblind")
 KINDS = {  # what became of a token, in the order of the lanes from the top
@@ -23,14 +24,7 @@ KINDS = {  # what became of a token, in the order of the lanes from the top
     "discarded": PALETTE[5],
 }
 LABELS = {"rejected": "rejected draft", "discarded": "draft after it"}
-PHASES = {  # of take.seconds, in the order of work
-    "text": PALETTE[5],
-    "prefill": PALETTE[4],
-    "draft": PALETTE[1],
-    "verify": PALETTE[0],
-    "rest": PALETTE[7],
-    "codec": PALETTE[2],
-}
+PHASE_COLOURS = dict(zip(PHASES, (PALETTE[i] for i in (5, 4, 1, 0, 7, 2)), strict=True))
 PHASE_LABELS = {"verify": "target", "rest": "rest of the loop"}
 
 
@@ -76,7 +70,7 @@ def timeline(events: pd.DataFrame, ax, title: str = ""):
 def stages(table: pd.DataFrame, ax):
     """Stacked bars from ``tables.stages``: where the time of a synthesis goes."""
     left = np.zeros(len(table))
-    for phase, colour in PHASES.items():
+    for phase, colour in PHASE_COLOURS.items():
         ax.barh(table.index, table[phase], left=left, color=colour, label=PHASE_LABELS.get(phase, phase))
         for y, (seconds, whole) in enumerate(zip(table[phase], table["RTF"], strict=True)):
             if seconds > 0.05 * table["RTF"].max():
@@ -88,83 +82,76 @@ def stages(table: pd.DataFrame, ax):
     ax.set_xlim(0, 1.35 * left.max())
     ax.invert_yaxis()
     ax.set_xlabel("seconds of work for one second of audio")
-    ax.legend(ncols=len(PHASES), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False,
-              columnspacing=1.0, handlelength=1.2)  # fmt: skip
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(PHASES)}
+    ax.legend(**above, frameon=False, columnspacing=1.0, handlelength=1.2)
     sns.despine(ax=ax)
     return ax
 
 
-def _beside(ax, table: pd.DataFrame, ours, interval, paper, digits: int):
-    """Points with intervals: ours filled, the paper's hollow, a line a system."""
+def _systems_and_paper(ax, table: pd.DataFrame, ours, low, high, theirs, digits: int) -> None:
+    """One row per system: ours filled with its interval, below it the paper's hollow."""
     y = np.arange(len(table))
-    low, high = interval
     ax.hlines(y - 0.13, low, high, color=PALETTE[0], linewidth=2)
-    ax.plot(ours, y - 0.13, "o", color=PALETTE[0], markersize=8, clip_on=False,
-            zorder=3, label="this repository")  # fmt: skip
-    ax.plot(paper, y + 0.13, "D", color=PALETTE[1], markerfacecolor="white", markersize=7, label="paper")
-    for here, there, place in zip(ours, paper, y, strict=True):
-        ax.annotate(f"{here:.{digits}f}", (here, place - 0.13), (0, 7), textcoords="offset points", ha="center")
-        ax.annotate(f"{there:.{digits}f}", (there, place + 0.13), (0, -16), textcoords="offset points", ha="center")
+    filled = {"markersize": 8, "clip_on": False, "zorder": 3}
+    ax.plot(ours, y - 0.13, "o", color=PALETTE[0], label="this repository", **filled)
+    ax.plot(theirs, y + 0.13, "D", color=PALETTE[1], markerfacecolor="white", markersize=7, label="paper")
+    for values, place, above in ((ours, -0.13, 7), (theirs, 0.13, -16)):
+        for x, row in zip(values, y, strict=True):
+            at = (x, row + place), (0, above)
+            ax.annotate(f"{x:.{digits}f}", *at, textcoords="offset points", ha="center")
     ax.set_yticks(y, table.index)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xlim(left=0)
     ax.grid(axis="x", alpha=0.3)
     sns.despine(ax=ax)
-    return ax
 
 
 def table1(table: pd.DataFrame, axes):
     """``tables.table1`` -> relative LM-RTF (left) and WER (right), each beside the paper's."""
     left, right = axes
-    relative = 1 / table["speed-up"]
-    bounds = 1 / table["speed-up_high"], 1 / table["speed-up_low"]
-    _beside(left, table, relative, bounds, 1 / table["paper speed-up"], 2)
+    relative = (1 / table[name] for name in ("speed-up", "speed-up_high", "speed-up_low", "paper speed-up"))
+    _systems_and_paper(left, table, *relative, 2)
     left.set_xlabel("LM-RTF, autoregressive = 1")
-    _beside(right, table, table["WER %"], (table["WER_low"], table["WER_high"]), table["paper WER %"], 1)
+    _systems_and_paper(right, table, *(table[name] for name in ("WER %", "WER_low", "WER_high", "paper WER %")), 1)
     right.set_xlabel("WER, %")
     left.legend(loc="lower left", frameon=False)
     return axes
 
 
-def _ours_over(ax, x, table: pd.DataFrame, name: str):
-    """A column of a table over x, its interval as bars, the paper's where it has one."""
+def _over_setting(ax, x, table: pd.DataFrame, name: str, label: str) -> None:
+    """A column of a table over the setting x (its name: ``label``), with its interval, and the paper's where known."""
     short = name.removesuffix(" %")
-    low, high = table[f"{short}_low"], table[f"{short}_high"]
-    ax.vlines(x, low, high, color=PALETTE[0], linewidth=2)
+    ax.vlines(x, table[f"{short}_low"], table[f"{short}_high"], color=PALETTE[0], linewidth=2)
     ax.plot(x, table[name], "o-", color=PALETTE[0], markersize=7, label="this repository")
-    if f"paper {name}" in table:
-        known = table[f"paper {name}"].notna().to_numpy()
-        ax.plot(np.asarray(x)[known], table[f"paper {name}"][known], "D--", color=PALETTE[1], markerfacecolor="white",
-                markersize=7, label="paper")  # fmt: skip
+    theirs = table.get(f"paper {name}", pd.Series(np.nan, table.index))
+    if (known := theirs.notna().to_numpy()).any():
+        hollow = {"markerfacecolor": "white", "markersize": 7, "label": "paper"}
+        ax.plot(np.asarray(x)[known], theirs[known], "D--", color=PALETTE[1], **hollow)
+    if name == "speed-up":
+        ax.axhline(1, color="grey", linestyle=":")
+        ax.legend(frameon=False)
+    ax.set(xlabel=label, ylabel="speed-up of the LM" if name == "speed-up" else "WER, %")
     ax.grid(axis="y", alpha=0.3)
     sns.despine(ax=ax)
 
 
 def table3(table: pd.DataFrame, axes):
-    """``tables.table3`` -> speed-up (left) and WER (right) over beta; dashed: the autoregressive target."""
-    left, right = axes
+    """``tables.table3`` -> speed-up (left) and WER (right) over beta; dotted: the autoregressive target."""
     ssd, base = table.iloc[1:], table.iloc[0]
-    x = [float(beta) for beta in ssd.index]
-    _ours_over(left, x, ssd, "speed-up")
-    left.axhline(1, color="grey", linestyle=":")
-    left.set(xlabel="tolerance beta", ylabel="speed-up of the LM")
-    _ours_over(right, x, ssd, "WER %")
-    right.axhline(base["WER %"], color=PALETTE[0], linestyle=":")
-    right.axhline(base["paper WER %"], color=PALETTE[1], linestyle=":")
-    right.set(xlabel="tolerance beta", ylabel="WER, %")
-    left.legend(frameon=False)
+    for ax, name in zip(axes, ("speed-up", "WER %"), strict=True):
+        _over_setting(ax, [float(beta) for beta in ssd.index], ssd, name, "tolerance beta")
+    axes[1].axhline(base["WER %"], color=PALETTE[0], linestyle=":")
+    axes[1].axhline(base["paper WER %"], color=PALETTE[1], linestyle=":")
     return axes
 
 
 def figure3(table: pd.DataFrame, axes):
     """``tables.figure3`` -> speed-up (left), acceptance rate (right) over L_d."""
     left, right = axes
-    _ours_over(left, table.index, table, "speed-up")
-    left.axhline(1, color="grey", linestyle=":")
-    left.set(xlabel="drafted tokens a round, L_d", ylabel="speed-up of the LM")
-    left.legend(frameon=False)
+    label = "drafted tokens per round, L_d"
+    _over_setting(left, table.index, table, "speed-up", label)
     right.plot(table.index, table["acceptance"], "o-", color=PALETTE[2], markersize=7)
-    right.set(xlabel="drafted tokens a round, L_d", ylabel="accepted / drafted", ylim=(0, 1))
+    right.set(xlabel=label, ylabel="accepted / drafted", ylim=(0, 1))
     right.grid(axis="y", alpha=0.3)
     sns.despine(ax=right)
     for ax in axes:
@@ -195,12 +182,14 @@ def acceptance(table: pd.DataFrame, axes):
     return axes
 
 
-PREDICTIONS = {"formula": ("o", "one acceptance rate, verification = a target step"),
-               "positions": ("s", "acceptance by position of the draft"),
-               "costs": ("D", "and the measured cost of verification")}  # fmt: skip
+PREDICTIONS = {
+    "formula": ("o", PALETTE[7], "one acceptance rate, verification = a target step"),
+    "positions": ("s", PALETTE[1], "acceptance by position of the draft"),
+    "costs": ("D", PALETTE[0], "and the measured cost of verification"),
+}
 
 
-def _apart(table: pd.DataFrame, column: str, least: float) -> pd.DataFrame:
+def _spaced(table: pd.DataFrame, column: str, least: float) -> pd.DataFrame:
     """Of rows in the order of ``column`` those that lie ``least`` beyond the one kept before: room for a label."""
     kept: list[int] = []
     for i, value in enumerate(table[column]):
@@ -210,18 +199,20 @@ def _apart(table: pd.DataFrame, column: str, least: float) -> pd.DataFrame:
 
 
 def theory(table: pd.DataFrame, ax):
-    """``tables.measured_and_predicted`` -> measured over predicted speed-up; on the line theory is right. Points that lie close share a label."""
-    for (name, (marker, label)), colour in zip(PREDICTIONS.items(), (PALETTE[7], PALETTE[1], PALETTE[0]), strict=True):
+    """``tables.measured_and_predicted`` -> measured over predicted speed-up; on the line theory is right.
+
+    Points that lie close share a label.
+    """
+    for name, (marker, colour, label) in PREDICTIONS.items():
         ax.plot(table[name], table["measured"], marker, color=colour, label=label, alpha=0.9)
     ax.vlines(table["costs"], table["measured_low"], table["measured_high"], color=PALETTE[0], linewidth=1.5)
-    for beta, line in _apart(table.sort_values("costs"), "costs", 0.04).iterrows():
-        ax.annotate(
-            f"{beta:g}/{line.L_d:g}", (line.costs, line.measured), (5, -9), textcoords="offset points", fontsize=8
-        )
+    for beta, line in _spaced(table.sort_values("costs"), "costs", 0.04).iterrows():
+        at = (line.costs, line.measured), (5, -9)
+        ax.annotate(f"{beta:g}/{line.L_d:g}", *at, textcoords="offset points", fontsize=8)
     values = table[[*PREDICTIONS, "measured"]]
     ends = 0.95 * values.min().min(), 1.05 * values.max().max()
     ax.plot(ends, ends, color="grey", linestyle=":")
-    ax.set(xlabel="predicted speed-up a token", ylabel="measured (beta/L_d)")
+    ax.set(xlabel="predicted speed-up per token", ylabel="measured (beta/L_d)")
     ax.legend(frameon=False, loc="upper left")
     ax.grid(alpha=0.3)
     sns.despine(ax=ax)
@@ -230,9 +221,9 @@ def theory(table: pd.DataFrame, ax):
 
 def save(figure, folder: Path, name: str) -> None:
     """<folder>/figures/<name>.png and .svg, the same bytes for the same figure."""
-    for kind, unsaid in (("svg", "Date"), ("png", "Software")):
+    for kind, left_out in (("svg", "Date"), ("png", "Software")):
         with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}), io.BytesIO() as made:
-            figure.savefig(made, format=kind, bbox_inches="tight", dpi=160, metadata={unsaid: None})
+            figure.savefig(made, format=kind, bbox_inches="tight", dpi=160, metadata={left_out: None})
             write_bytes(Path(folder) / "figures" / f"{name}.{kind}", made.getvalue())
 
 
