@@ -11,85 +11,95 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import Markdown
 
 from ..errors import InputError
 from ..files import source_tree, write_text
 from . import acceptance, figures, statistics, tables
 from .rows import SILENCE_DB, rows_of_folder, to_frame
 
-BUSY = 0.25  # processors' worth of other work, from which a row counts as timed on a busy machine
+BUSY = 0.25  # processors' worth of other work, from which on a machine is not idle
 
 INTERVALS = "[low, high]: 95 % bootstrap intervals over utterances."
 SPEED = (
-    "Speed-up: corpus LM-RTF of the autoregressive target, decoded in turn with the system, over the system's; speed-up "
-    "per token: median over utterances of the ratio of LM seconds per token; RTF speed-up: the same of the whole "
-    "synthesis. The paper's LM-RTF is an A100's: compare ratios."
+    "Speed-up: LM-RTF of the autoregressive target, decoded in turn with the system, over the system's; per token: "
+    "median over utterances; RTF speed-up: of the whole synthesis. The paper's LM-RTF is an A100's: compare ratios."
 )
-TABLE_NOTE = f"{INTERVALS} NMOS is DNSMOS P808_MOS. {SPEED}"
-QUALITY_NOTE = (
-    "Paired differences (same text, voice, seed) with 95 % bootstrap intervals. 'Shown equivalent': two one-sided tests "
-    f"at 5 % against the margins {statistics.MARGINS}; 'shown different': the interval leaves 0 out; 'no difference "
-    "shown' is neither, and does not mean equal. Length ratio: seconds of audio over the autoregressive target's."
+TABLE = f"{INTERVALS} NMOS is DNSMOS P808_MOS. {SPEED}"
+QUALITY = (
+    "Paired differences (same text, voice, seed) with 95 % bootstrap intervals. 'Shown equivalent': two one-sided "
+    f"tests at 5 % against the margins {statistics.MARGINS}; 'shown different': the interval leaves 0 out; 'no "
+    "difference shown' is neither, and does not mean equal. Length ratio: seconds of audio over the target's."
 )
-STAGES_NOTE = (
-    "Seconds of each stage per second of audio; verify: the target's steps; rest: the loop. LM share: prefill to rest."
-)
-ACCEPTANCE_NOTE = (
-    f"{INTERVALS} Accepted / judged: of the drafted tokens up to a round's first rejection; accepted / drafted: of all. "
-    "A rejected draft counts where it would have stood, and for what the token in its place carries: silence is "
+STAGES = "Seconds per second of audio; verify: the target's steps; rest: the loop. LM share: prefill to rest."
+ACCEPTANCE = (
+    f"{INTERVALS} Accepted / judged: of the drafted tokens up to a round's first rejection; accepted / drafted: of "
+    "all. A rejected draft counts where it would have stood, and for what the token in its place carries: silence is "
     f"{-SILENCE_DB:g} dB below the loud tokens of its utterance, boundary is a token on either side of a change."
 )
-THEORY_NOTE = (
+THEORY = (
     "Speed-up per token, over all utterances together. Formula: (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + 1)), "
     "Leviathan et al. 2023, alpha = accepted / judged, c = draft step / target step; positions: with the acceptance "
-    "rate of each position of the draft; costs: also with the measured cost of the verification. The residue: prefill % "
-    "and loop % of SSD's LM time, which no prediction counts; left %: first tokens, rounds that the end cuts short, and "
-    "the prefill of the baseline."
+    "rate of each position of the draft; costs: also with the measured cost of the verification. The residue: prefill "
+    "% and loop % of SSD's LM time, which no prediction counts; left %: first tokens, rounds that the end cuts short, "
+    "and the prefill of the baseline."
 )
+TIMELINE = "Every token of the SSD sentence; figure: the paper's Figure 2."
 
 
 def findings(rows: pd.DataFrame) -> str:
     """What these rows say of the speed-up: numbers computed from them, the machine and the metrics that they name."""
-    found = tables.measured_and_predicted(rows).reset_index()
-    found = found.dropna(subset=["alpha", "costs", "measured"])
-    sentences = []
-    if len(found):
+    found, said = tables.measured_and_predicted(rows).reset_index(), []
+    if len(found := found.dropna(subset=["alpha", "costs", "measured"])):
         beta, length = (_range(found[column], "g") for column in ("beta", "L_d"))
         draft, verify = (_range(found[f"{step} / target step"]) for step in ("draft", "verification"))
-        predicted, measured = _range(found["costs"]), _range(found["measured"])
-        sentences = [
-            f"SSD, beta {beta}, L_d {length}: {_range(found['alpha'])} of the judged drafts are accepted; a draft step "
-            f"costs {draft}, a verification {verify} target steps.",
-            f"These predict a speed-up per token of {predicted}; measured: {measured}.",
+        said = [
+            f"SSD, beta {beta}, L_d {length}: {_range(found.alpha)} of the judged drafts are accepted; a draft step "
+            f"costs {draft}, a verification {verify} target steps. These predict a speed-up per token of "
+            f"{_range(found.costs)}; measured: {_range(found.measured)}."
         ]
     if {"chip", "device", "precision"} <= set(rows):
-        machines = (rows.chip + " (" + rows.device + ", " + rows.precision + ")").unique()
-        sentences.append(f"Timed on {' and '.join(machines)}.")
+        said.append(f"Timed on {_names(rows.chip + ' (' + rows.device + ', ' + rows.precision + ')')}.")
     scored = rows[rows.words.notna()]
     if len(scored) and {"whisper", "speaker"} <= set(rows):
-        names = (" and ".join(Path(name).name for name in scored[role].unique()) for role in ("whisper", "speaker"))
-        sentences.append("WER by Whisper {}, SS by {}.".format(*names))
-    return " ".join(sentences)
+        said.append(f"WER by Whisper {_names(scored.whisper)}, SS by {_names(scored.speaker)}.")
+    return " ".join(said)
 
 
 def _range(values: pd.Series, form: str = ".2f") -> str:
-    ends = [f"{value:{form}}" for value in (values.min(), values.max())]
-    return " to ".join(dict.fromkeys(ends))
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (values.min(), values.max())))
+
+
+def _names(values: pd.Series) -> str:
+    """Each once; of a model's folder its name alone."""
+    return " and ".join(dict.fromkeys(Path(value).name for value in values))
 
 
 def caveats(rows: pd.DataFrame) -> str:
     """What to know of these rows: empty utterances, and a machine that did other work; '' if there is nothing."""
-    sentences = []
+    said = []
     empty = rows[rows.get("empty", rows.tokens == 0).fillna(False).astype(bool)]
     if len(empty):
-        each = ", ".join(f"{label} {n}" for label, n in empty.method.map(tables.NAMES).value_counts(sort=False).items())
-        sentences.append(f"Empty utterances (no speech token), among {len(rows)} rows: {each}.")
+        counts = empty.method.map(tables.NAMES).value_counts(sort=False).items()
+        said.append(f"Empty utterances among {len(rows)}: {', '.join(f'{name} {count}' for name, count in counts)}.")
     load = rows.get("other_load", pd.Series(dtype=float)).dropna()
-    if (load > BUSY).any():
-        sentences.append(
-            f"Warning: in {100 * (load > BUSY).mean():.0f} % of the rows other work ran while they were timed."
-        )
-    return " ".join(sentences)
+    if (busy := (load > BUSY).mean()) > 0:
+        said.append(f"Warning: the machine was not idle: other work ran beside {100 * busy:.0f} % of these rows.")
+    return " ".join(said)
+
+
+def timeline(rows: pd.DataFrame) -> pd.DataFrame:
+    """The paper's Figure 2 of the one SSD row: every token, its place and what became of it."""
+    row = tables.of_method(rows, "speculative").iloc[0]
+    events = figures.timeline_events(row).set_index("seconds")
+    (setting,) = tables.ssd_settings(rows)
+    speed = f"acceptance rate {row.acceptance_rate:.2f}, {row.tokens_per_target_call:.2f} tokens per target call"
+    events.attrs["title"] = f"{setting}: {speed}"
+    return events
+
+
+def _counted(events: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"tokens": events.kind.value_counts().reindex(figures.KINDS).dropna().astype(int)})
 
 
 @dataclass(frozen=True)
@@ -110,79 +120,42 @@ class Exhibit:
     at_setting: bool = False
 
 
-def _and_paper(notebook: str, table: Callable, at_setting: bool = False) -> Exhibit:
+def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **settings) -> Exhibit:
+    """The paper's numbers and ours, and below them what the rows show."""
+    table = partial(table, **settings)
     return Exhibit(notebook, table, findings, readable=lambda text: text, at_setting=at_setting)
 
 
-def _quality(notebook: str) -> Exhibit:
-    return Exhibit(notebook, tables.quality, QUALITY_NOTE, readable=tables.readable_quality)
-
-
-def timeline(rows: pd.DataFrame) -> pd.DataFrame:
-    """The paper's Figure 2 of the one SSD row: every token, its place and what became of it."""
-    row = tables.of_method(rows, "speculative").iloc[0]
-    events = figures.timeline_events(row).set_index("seconds")
-    events.attrs["title"] = (
-        f"SSD, beta {row.tolerance:g}, L_d {row.draft_length:g}: acceptance rate {row.acceptance_rate:.2f}, "
-        f"{row.tokens_per_target_call:.2f} tokens per target call"
-    )
-    return events
-
-
-def _counted(events: pd.DataFrame) -> pd.DataFrame:
-    counts = events.kind.value_counts()
-    return pd.DataFrame({"tokens": counts.reindex([kind for kind in figures.KINDS if kind in counts])})
-
-
-def _draw_timeline(events: pd.DataFrame, ax):
-    return figures.timeline(events.reset_index(), ax, events.attrs["title"])
-
-
-TABLE1_MEASURES = {"WER %": "WER, points", "NMOS": "P808 (NMOS)", "SS": "SS"}
-TABLE3_MEASURES = {"WER %": "WER, points"}
-TIMELINE_NOTE = "Every token of the SSD sentence; figure: the paper's Figure 2."
+_ACCEPTANCE = {"shape": (2, 4), "size": (12, 5.6), "readable": tables.readable_acceptance, "at_setting": True}
+_ACCEPTED = [tables.accepted, tables.tokens_per_call, tables.speedup]
+_WER = {"WER %": "WER, points"}
+_QUALITY = {**_WER, "NMOS": "P808 (NMOS)", "SS": "SS"}
 EXHIBITS = {
-    "timeline": Exhibit("00_listen", timeline, TIMELINE_NOTE, _draw_timeline, size=(10, 3), readable=_counted),
-    "phases": Exhibit("00_listen", tables.stages, STAGES_NOTE, figures.stages, size=(10, 2.6)),
-    "listen_paper": _and_paper("00_listen", tables.listen_and_paper),
-    "table1": Exhibit("01_table1", tables.table1, TABLE_NOTE, figures.table1, (1, 2)),
-    "table1_quality": _quality("01_table1"),
-    "table1_paper": _and_paper("01_table1", partial(tables.quality_and_paper, columns=TABLE1_MEASURES)),
-    "table3": Exhibit("02_tolerance", tables.table3, TABLE_NOTE, figures.table3, (1, 2)),
-    "table3_quality": _quality("02_tolerance"),
-    "table3_paper": _and_paper("02_tolerance", partial(tables.quality_and_paper, columns=TABLE3_MEASURES)),
+    "timeline": Exhibit("00_listen", timeline, TIMELINE, figures.timeline, size=(10, 3), readable=_counted),
+    "phases": Exhibit("00_listen", tables.stages, STAGES, figures.stages, size=(10, 2.6)),
+    "listen_paper": _and_paper("00_listen", tables.ssd_and_paper, quantities=[tables.speedup, tables.accepted]),
+    "table1": Exhibit("01_table1", tables.table1, TABLE, figures.table1, (1, 2)),
+    "table1_quality": Exhibit("01_table1", tables.quality, QUALITY, readable=tables.readable_quality),
+    "table1_paper": _and_paper("01_table1", tables.quality_and_paper, columns=_QUALITY),
+    "table3": Exhibit("02_tolerance", tables.table3, TABLE, figures.table3, (1, 2)),
+    "table3_quality": Exhibit("02_tolerance", tables.quality, QUALITY, readable=tables.readable_quality),
+    "table3_paper": _and_paper("02_tolerance", tables.quality_and_paper, columns=_WER),
     "figure3": Exhibit("03_draft_length", tables.figure3, f"{INTERVALS} {SPEED}", figures.figure3, (1, 2)),
     "figure3_paper": _and_paper("03_draft_length", tables.figure3_and_paper),
-    "figure1b": Exhibit("04_stages", tables.stages, STAGES_NOTE, figures.stages, size=(10, 2.6)),
+    "figure1b": Exhibit("04_stages", tables.stages, STAGES, figures.stages, size=(10, 2.6)),
     "figure1b_paper": _and_paper("04_stages", tables.stages_and_paper),
-    "acceptance": Exhibit(
-        "05_acceptance",
-        acceptance.acceptance,
-        ACCEPTANCE_NOTE,
-        figures.acceptance,
-        shape=(2, 4),
-        size=(12, 5.6),
-        readable=tables.readable_acceptance,
-        at_setting=True,
-    ),
-    "acceptance_paper": _and_paper("05_acceptance", tables.acceptance_and_paper, at_setting=True),
-    "theory": Exhibit("06_theory", tables.measured_and_predicted, THEORY_NOTE, figures.theory, size=(8, 5)),
-    "theory_paper": _and_paper("06_theory", tables.theory_and_paper),
+    "acceptance": Exhibit("05_acceptance", acceptance.acceptance, ACCEPTANCE, figures.acceptance, **_ACCEPTANCE),
+    "acceptance_paper": _and_paper("05_acceptance", tables.ssd_and_paper, True, quantities=_ACCEPTED),
+    "theory": Exhibit("06_theory", tables.measured_and_predicted, THEORY, figures.theory, size=(8, 5)),
+    "theory_paper": _and_paper("06_theory", tables.ssd_and_paper, quantities=[tables.speedup_per_token]),
 }
 
 
-@dataclass(frozen=True)
-class Shown:
-    """An exhibit as text; in Jupyter a table. Its figure, if any, is pyplot's newest."""
+def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
+    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png and .svg. about: the entry of provenance.json.
 
-    text: str
-
-    def _repr_markdown_(self) -> str:
-        return self.text
-
-
-def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Shown:
-    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png and .svg. about: the entry of provenance.json."""
+    What it gives is the table as Jupyter shows it; its figure, if any, is pyplot's newest.
+    """
     exhibit = EXHIBITS[name]
     at = {k: about["parameters"][k] for k in ("tolerance", "draft_length")} if exhibit.at_setting else {}
     table = exhibit.table(rows, **at)
@@ -194,23 +167,21 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Shown:
         figure, axes = plt.subplots(*exhibit.shape, figsize=exhibit.size, layout="constrained")
         exhibit.draw(table, axes)
         figures.save(figure, folder, name)
-    return Shown(text)
+    return Markdown(text)
 
 
 def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:
-    """One sentence under a table: hardware, command, commit."""
+    """One sentence under a table: hardware, command, commit, and the folder, seen from the checkout or from here."""
     commit = (about["commit"] or "unknown")[:10] + (" with local changes" if about["dirty"] else "")
     processes, threads = rows.processes.max(), f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
     command = f"ssd-repro run --profile {about['profile']}"
     if processes > 1:
         threads, command = f"{threads} in each of {processes} processes", f"{command} --processes {processes}"
-    below = Path(folder)  # from the checkout or the working directory on, where it lies there
-    for root in (Path.cwd(), source_tree()):
-        if root and below.resolve().is_relative_to(root):
-            below = below.resolve().relative_to(root)
+    roots = [root for root in (source_tree(), Path.cwd()) if root and Path(folder).resolve().is_relative_to(root)]
+    place = Path(folder).resolve().relative_to(roots[0]) if roots else Path(folder)
     return (
         f"{about['date'][:10]}, {about['chip']}, {threads}, torch {about['torch']}, commit {commit}, voice "
-        f"{about['weights']}: `{command}` -> `{below.as_posix()}`."
+        f"{about['weights']}: `{command}` -> `{place.as_posix()}`."
     )
 
 
@@ -218,7 +189,6 @@ def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:
 
 
 def provenance(folder: Path) -> dict:
-    """provenance.json of a results folder."""
     path = Path(folder) / "provenance.json"
     if not path.exists():
         raise InputError(f"{path} is missing: `ssd-repro run` makes it")
@@ -226,22 +196,20 @@ def provenance(folder: Path) -> dict:
 
 
 def rows_of_run(folder: Path, notebook: str, known: dict[str, dict] | None = None) -> tuple[pd.DataFrame, dict]:
-    """The rows of the run that provenance.json tells of, and that entry of it; ``known``: ``rows_of_folder(folder)``."""
+    """The rows of the run that provenance.json tells of, and that entry of it. known: ``rows_of_folder(folder)``."""
     about = provenance(folder).get(notebook)
     if about is None:
         raise InputError(f"{folder}/provenance.json tells of no {notebook}: run that notebook first")
     known = rows_of_folder(folder) if known is None else known
-    lost = [key for key in about["keys"] if key not in known]
-    if lost:
+    if lost := [key for key in about["keys"] if key not in known]:
         raise InputError(f"{folder}/rows lacks {len(lost)} rows of that run: run {notebook} again")
     return to_frame(known[key] for key in about["keys"]), about
 
 
 def report(folder: Path, readme: Path | None = None) -> list[str]:
-    """Every exhibit of a results folder anew from its rows -> what was made.
+    """Every exhibit of a results folder anew from its rows, and README's blocks and numbers -> what was made.
 
-    README's blocks of the same names, and its numbers (``CELL``), are made anew, too. No model is loaded. Exhibits of
-    notebooks that have not run, and README's blocks for them, stay as they are.
+    No model is loaded. Exhibits of notebooks that have not run, and README's blocks for them, stay as they are.
     """
     plt.switch_backend("agg")
     ran = [name for name, exhibit in EXHIBITS.items() if exhibit.notebook in provenance(folder)]
@@ -253,7 +221,7 @@ def report(folder: Path, readme: Path | None = None) -> list[str]:
         shown = show(name, rows, folder, about)
         plt.close("all")
         if f"<!-- {name} -->" in text:
-            text = put_between(text, name, shown.text)
+            text = put_between(text, name, shown.data)
     if readme:
         write_text(readme, CELL.sub(lambda found: _cell(found, readme.parent), text))
     return ran
@@ -261,10 +229,11 @@ def report(folder: Path, readme: Path | None = None) -> list[str]:
 
 def put_between(text: str, name: str, inside: str) -> str:
     """Replace what stands between <!-- name --> and <!-- /name -->."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if begin not in text or end not in text:
-        raise InputError(f"the markers {begin} and {end} are missing")
-    return text.partition(begin)[0] + f"{begin}\n{inside.strip()}\n{end}" + text.partition(end)[2]
+    before, begin, rest = text.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end:
+        raise InputError(f"the markers <!-- {name} --> and <!-- /{name} --> are missing")
+    return f"{before}{begin}\n{inside.strip()}\n{end}{after}"
 
 
 # A number within README's sentences: <!-- = FILE.csv; column=value; ...; column; format -->number<!-- /= -->
@@ -272,7 +241,7 @@ CELL = re.compile(r"<!-- = (.+?) -->.*?<!-- /= -->", re.DOTALL)
 
 
 def _cell(found: re.Match, root: Path) -> str:
-    """The number anew from its file below ``root``; as it is if there is no such file. InputError if no one row fits."""
+    """The number anew from its file below ``root``, if there is one. InputError if no one row fits."""
     name, *conditions, column, form = found[1].split("; ")
     if not (root / name).is_file():
         return found[0]

@@ -7,7 +7,6 @@ the paper's. ``readable`` makes text of it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,15 +19,13 @@ from .statistics import bootstrap, corpus_speedup, paired, ratio_of_sums
 
 NAMES = {"autoregressive": "Autoregressive", "draft": "Draft", "speculative": "SSD"}
 PHASES = ("text", *LM_PHASES, "codec")  # of a row's seconds, in the order of work
+MEANS = {"NMOS": "p808", "OVRL": "ovrl", "SIG": "sig", "BAK": "bak", "SS": "similarity"}  # column -> of the rows
 DIGITS = {"n": 0, "L_d": 0, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
 
 
 def digits(column: str) -> int:
     """Decimals of a column: those of DIGITS, one of a per cent, else two."""
     return DIGITS.get(column, 1 if column.endswith("%") else 2)
-
-
-# Systems
 
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -38,17 +35,16 @@ def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
     return chosen
 
 
+def ssd_settings(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Label -> rows of each beta and L_d, at the voice's own temperature."""
+    ssd = rows[(rows.method == "speculative") & rows.temperature.isna()].groupby(["tolerance", "draft_length"])
+    return {f"SSD, beta {beta:g}, L_d {length:g}": group for (beta, length), group in ssd}
+
+
 def by_system(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Label -> rows, of all systems but the autoregressive: the draft, then SSD by beta and L_d."""
-    rows = rows[rows.temperature.isna()]
-    found = {NAMES["draft"]: rows[rows.method == "draft"]} if (rows.method == "draft").any() else {}
-    for (beta, length), group in rows[rows.method == "speculative"].groupby(["tolerance", "draft_length"]):
-        found[f"SSD, beta {beta:g}, L_d {length:g}"] = group
-    return found
-
-
-def only_ssd(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    return {label: ours for label, ours in by_system(rows).items() if label != NAMES["draft"]}
+    draft = rows[(rows.method == "draft") & rows.temperature.isna()]
+    return ({NAMES["draft"]: draft} if len(draft) else {}) | ssd_settings(rows)
 
 
 # Numbers of one system
@@ -60,9 +56,9 @@ def estimate(name: str, statistic, *columns, scale: float = 1) -> dict[str, floa
     with np.errstate(divide="ignore", invalid="ignore"):
         if len(columns[0]) and np.isfinite(found := statistic(*(np.asarray(column, float) for column in columns))):
             value, bounds = found, bootstrap(statistic, *columns)
-    low, high = (bound if np.isfinite(bound) else np.nan for bound in bounds)
+    low, high = (scale * bound if np.isfinite(bound) else np.nan for bound in bounds)
     short = name.removesuffix(" %")
-    return {name: scale * value, f"{short}_low": scale * low, f"{short}_high": scale * high}
+    return {name: scale * value, f"{short}_low": low, f"{short}_high": high}
 
 
 def ratio(a: pd.Series, b: pd.Series) -> float:
@@ -73,15 +69,9 @@ def ratio(a: pd.Series, b: pd.Series) -> float:
 def quality_columns(rows: pd.DataFrame) -> dict[str, float]:
     """WER with its interval, CER, NMOS, OVRL, SIG, BAK, SS of one system; NaN where nothing was scored."""
     rows = rows[rows.words.notna()]
-    return {
-        **estimate("WER %", ratio_of_sums, rows.word_errors, rows.words, scale=100),
-        "CER %": 100 * ratio(rows.char_errors, rows.chars),
-        "NMOS": rows.p808.mean(),
-        "OVRL": rows.ovrl.mean(),
-        "SIG": rows.sig.mean(),
-        "BAK": rows.bak.mean(),
-        "SS": rows.similarity.mean(),
-    }
+    wer = estimate("WER %", ratio_of_sums, rows.word_errors, rows.words, scale=100)
+    means = {name: rows[column].mean() for name, column in MEANS.items()}
+    return {**wer, "CER %": 100 * ratio(rows.char_errors, rows.chars), **means}
 
 
 def speed_columns(rows: pd.DataFrame) -> dict[str, float]:
@@ -105,35 +95,36 @@ def speed_columns(rows: pd.DataFrame) -> dict[str, float]:
 # The paper's tables and figures
 
 
-def _one_row_per_system(name: str, systems: dict, base: pd.DataFrame) -> pd.DataFrame:
-    """Quality, speed and the paper's numbers of each system, paired with ``base``."""
+def _one_row_per_system(name: str, systems: dict) -> pd.DataFrame:
+    """Quality, speed and the paper's numbers of each system."""
     lines = []
     for label, ours in systems.items():
-        ours, _ = paired(ours, base)
-        theirs = {f"paper {column}": value for column, value in paper.of_setting(ours).items()}
+        theirs = paper.of_setting(ours).add_prefix("paper ")
         lines.append({name: label, **quality_columns(ours), **speed_columns(ours), **theirs})
     return pd.DataFrame(lines).set_index(name)
 
 
 def table1(rows: pd.DataFrame) -> pd.DataFrame:
     """Autoregressive, draft and SSD beside the paper's: rows of one run -> one row per system."""
-    systems = {name: of_method(rows, method) for method, name in NAMES.items()}
-    return _one_row_per_system("system", systems, systems["Autoregressive"])
+    base = of_method(rows, "autoregressive")
+    systems = {name: paired(of_method(rows, method), base)[0] for method, name in NAMES.items()}
+    return _one_row_per_system("system", systems)
 
 
 def table3(rows: pd.DataFrame) -> pd.DataFrame:
     """The autoregressive target, then SSD, one row per beta; the paper's beside it."""
     base = of_method(rows, "autoregressive")
-    over_beta = {f"{beta:g}": ours for beta, ours in of_method(rows, "speculative").groupby("tolerance")}
-    return _one_row_per_system("beta", {NAMES["autoregressive"]: base, **over_beta}, base)
+    over_beta = of_method(rows, "speculative").groupby("tolerance")
+    systems = {f"{beta:g}": paired(ours, base)[0] for beta, ours in over_beta}
+    return _one_row_per_system("beta", {NAMES["autoregressive"]: base, **systems})
 
 
 def figure3(rows: pd.DataFrame) -> pd.DataFrame:
     """SSD, one row per L_d; the paper gives the speed-up at L_d 3."""
     lines = []
     for length, ours in of_method(rows, "speculative").groupby("draft_length"):
-        theirs = paper.of_setting(ours).get("speed-up", np.nan)
-        lines.append({"L_d": int(length), **speed_columns(ours), "paper speed-up": theirs})
+        theirs = {"paper speed-up": paper.of_setting(ours).get("speed-up", np.nan)}
+        lines.append({"L_d": int(length), **speed_columns(ours), **theirs})
     return pd.DataFrame(lines).set_index("L_d")
 
 
@@ -151,8 +142,8 @@ def stages(rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for method in [method for method in NAMES if (rows.method == method).any()]:
         ours = of_method(rows, method)
-        seconds = pd.DataFrame(list(ours.seconds)).reindex(columns=PHASES).fillna(0.0).sum()
-        spent = seconds / (ours.audio_seconds.sum() or np.nan)
+        spent = pd.DataFrame(list(ours.seconds)).reindex(columns=PHASES).fillna(0.0).sum()
+        spent /= ours.audio_seconds.sum() or np.nan
         if method == "draft":
             spent["draft"], spent["verify"] = spent["draft"] + spent["verify"], 0.0
         whole = spent.sum(skipna=False)
@@ -166,44 +157,55 @@ def stages(rows: pd.DataFrame) -> pd.DataFrame:
 def measured_and_predicted(rows: pd.DataFrame) -> pd.DataFrame:
     """Speed-up per token, measured and by ``theory.predict``, one row per SSD setting."""
     lines = []
-    for ours in only_ssd(rows).values():
-        beta, length = ours.tolerance.iloc[0], int(ours.draft_length.iloc[0])
+    for ours in ssd_settings(rows).values():
+        length = int(ours.draft_length.iloc[0])
         with np.errstate(divide="ignore", invalid="ignore"):
-            lines.append({"beta": beta, "L_d": length, **theory.predict(ours, length), "n": len(ours)})
+            predicted = theory.predict(ours, length)
+        lines.append({"beta": ours.tolerance.iloc[0], "L_d": length, **predicted, "n": len(ours)})
     return pd.DataFrame(lines).set_index("beta")
 
 
 # The paper's numbers and ours, quantity by quantity
 
 
-class Quantity(NamedTuple):
-    """One row of a comparison; ``theirs``: the paper's number, or what to say instead."""
-
-    name: str
-    theirs: float | str
-    ours: float
-    low: float = np.nan
-    high: float = np.nan
-    digits: int = 2
+def _quantity(name: str, theirs, ours: float, low=np.nan, high=np.nan, places: int = 2) -> dict[str, str]:
+    """One row of a comparison, as text; no interval where all resamples agree, as of one utterance."""
+    there = theirs if isinstance(theirs, str) else number(theirs, places)
+    interval = () if low == high else (low, high)
+    return {"quantity": name, "paper": there, "here": number(ours, places, *interval)}
 
 
 def _comparison(quantities) -> pd.DataFrame:
-    """Text: columns paper, here; no interval where all its resamples agree, as of one utterance."""
-    made = {}
-    for name, theirs, ours, low, high, places in quantities:
-        there = theirs if isinstance(theirs, str) else number(theirs, places)
-        made[name] = {"paper": there, "here": number(ours, places, *(() if low == high else (low, high)))}
-    return pd.DataFrame.from_dict(made, orient="index", columns=["paper", "here"]).rename_axis("quantity")
+    return pd.DataFrame(quantities).set_index("quantity")
 
 
-def _speedup(label: str, ours: pd.DataFrame) -> Quantity:
+def speedup(label: str, ours: pd.DataFrame) -> dict[str, str]:
     values = list(speed_columns(ours).values())[2:5]
-    return Quantity(f"{label}: speed-up of the LM", paper.of_setting(ours).get("speed-up", np.nan), *values)
+    return _quantity(f"{label}: speed-up of the LM", paper.of_setting(ours).get("speed-up", np.nan), *values)
 
 
-def _acceptance(label: str, ours: pd.DataFrame) -> Quantity:
-    values = estimate("acceptance", ratio_of_sums, ours.accepted, ours.drafted).values()
-    return Quantity(f"{label}: accepted / drafted tokens", "not given", *values)
+def speedup_per_token(label: str, ours: pd.DataFrame) -> dict[str, str]:
+    columns = ours.base_lm_seconds, ours.base_tokens, ours.lm_seconds, ours.tokens
+    values = estimate("", corpus_speedup, *columns).values()
+    return _quantity(f"{label}: speed-up per token", paper.of_setting(ours).get("speed-up", np.nan), *values)
+
+
+def accepted(label: str, ours: pd.DataFrame) -> dict[str, str]:
+    values = estimate("", ratio_of_sums, ours.accepted, ours.drafted).values()
+    return _quantity(f"{label}: accepted / drafted tokens", "not given", *values)
+
+
+def tokens_per_call(label: str, ours: pd.DataFrame) -> dict[str, str]:
+    name = "tokens per target call"
+    return _quantity(f"{label}: {name}", "not given", speed_columns(ours)[name])
+
+
+def ssd_and_paper(rows: pd.DataFrame, quantities, tolerance=None, draft_length=None) -> pd.DataFrame:
+    """``quantities`` of every SSD setting, or of that one."""
+    if tolerance is not None:
+        rows = rows[(rows.tolerance == tolerance) & (rows.draft_length == draft_length)]
+    systems = ssd_settings(rows).items()
+    return _comparison(quantity(label, ours) for label, ours in systems for quantity in quantities)
 
 
 def quality_and_paper(rows: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
@@ -211,55 +213,31 @@ def quality_and_paper(rows: pd.DataFrame, columns: dict[str, str]) -> pd.DataFra
     base, found = of_method(rows, "autoregressive"), []
     measures = {measure.name: measure for measure in statistics.MEASURES}
     for label, ours in by_system(rows).items():
-        found.append(_speedup(label, ours))
+        found.append(speedup(label, ours))
         for column, name in columns.items():
-            there = paper.of_setting(ours).get(column, np.nan) - paper.TABLE1[column]["autoregressive"]
+            there = paper.of_setting(ours).get(column, np.nan) - paper.NUMBERS[column]["autoregressive"]
             here = statistics.difference(ours, base, measures[name])
             values = here["difference"], here["low"], here["high"]
-            found.append(Quantity(f"{label} - autoregressive: {name}", there, *values, digits(column)))
+            found.append(_quantity(f"{label} - autoregressive: {name}", there, *values, digits(column)))
     return _comparison(found)
 
 
 def figure3_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    best = Quantity("L_d of the highest speed-up", paper.LENGTH, figure3(rows)["speed-up"].idxmax(), digits=0)
-    return _comparison([best, *(_speedup(label, ours) for label, ours in only_ssd(rows).items())])
+    best = _quantity("L_d of the highest speed-up", paper.LENGTH, figure3(rows)["speed-up"].idxmax(), places=0)
+    return pd.concat([_comparison([best]), ssd_and_paper(rows, [speedup])])
 
 
 def stages_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    """The paper gives the first number; the other two are derived (``paper.shares_with_ssd``)."""
-    table, (share, whole) = stages(rows), paper.shares_with_ssd()
+    """The paper gives the first number; the other two are derived (``paper.with_ssd``)."""
+    table, (share, whole) = stages(rows), paper.with_ssd()
     before, ssd = (table.loc[NAMES[method]] for method in ("autoregressive", "speculative"))
-    speedup = ssd["RTF speed-up"], ssd["RTF speed-up_low"], ssd["RTF speed-up_high"]
-    first = "LM's share of the synthesis before SSD, %"
-    return _comparison(
-        [
-            Quantity(first, f"about {100 * paper.LM_SHARE:.0f}", before["LM share %"], digits=0),
-            Quantity("LM's share with SSD, %", f"{100 * share:.0f} (derived)", ssd["LM share %"], digits=0),
-            Quantity("speed-up of the whole synthesis", f"{whole:.2f} (derived)", *speedup),
-        ]
-    )
-
-
-def acceptance_and_paper(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.DataFrame:
-    label = f"SSD, beta {tolerance:g}, L_d {draft_length:g}"
-    ours = by_system(rows)[label]
-    calls = speed_columns(ours)["tokens per target call"]
-    per_call = Quantity(f"{label}: tokens per target call", "not given", calls)
-    return _comparison([_acceptance(label, ours), per_call, _speedup(label, ours)])
-
-
-def theory_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    found = []
-    for (label, ours), (_, line) in zip(only_ssd(rows).items(), measured_and_predicted(rows).iterrows(), strict=True):
-        theirs = paper.of_setting(ours).get("speed-up", np.nan)
-        values = line.measured, line.measured_low, line.measured_high
-        found.append(Quantity(f"{label}: speed-up per token", theirs, *values))
+    first, speed = f"about {100 * paper.LM_SHARE:.0f}", ssd.filter(like="RTF speed-up")
+    found = [
+        _quantity("LM's share of the synthesis before SSD, %", first, before["LM share %"], places=0),
+        _quantity("LM's share with SSD, %", f"{100 * share:.0f} (derived)", ssd["LM share %"], places=0),
+        _quantity("speed-up of the whole synthesis", f"{whole:.2f} (derived)", *speed),
+    ]
     return _comparison(found)
-
-
-def listen_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    systems = only_ssd(rows).items()
-    return _comparison(quantity(*system) for system in systems for quantity in (_speedup, _acceptance))
 
 
 # Text
@@ -276,16 +254,17 @@ def number(value: float, places: int, low: float = np.nan, high: float = np.nan)
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Rounded text, each interval in the cell of its number, the paper's (if any) in a row below."""
     columns = [c for c in table if not c.startswith("paper ") and not c.endswith(("_low", "_high"))]
-    lines, names = [], []
+    lines, labels = [], []
     for name, line in table.iterrows():
-        names.append(name if isinstance(name, str) else f"{name:g}")
+        labels.append(name if isinstance(name, str) else f"{name:g}")
         bounds = {c: [line.get(f"{c.removesuffix(' %')}_{end}", np.nan) for end in ("low", "high")] for c in columns}
         lines.append([number(line[c], digits(c), *bounds[c]) for c in columns])
-        theirs = {c: line.get(f"paper {c}", np.nan) for c in columns}
-        if any(pd.notna(value) for value in theirs.values()):
-            names.append(f"*{names[-1]}, paper*")
-            lines.append(["" if pd.isna(value) else number(value, digits(c)) for c, value in theirs.items()])
-    return pd.DataFrame(lines, index=pd.Index(names, name=table.index.name), columns=columns)
+        theirs = line.reindex([f"paper {c}" for c in columns])
+        if theirs.notna().any():
+            labels.append(f"*{labels[-1]}, paper*")
+            both = zip(columns, theirs, strict=True)
+            lines.append(["" if pd.isna(value) else number(value, digits(c)) for c, value in both])
+    return pd.DataFrame(lines, index=pd.Index(labels, name=table.index.name), columns=columns)
 
 
 def readable_quality(table: pd.DataFrame) -> pd.DataFrame:
