@@ -1,4 +1,4 @@
-"""Files that a kill, a full disk or another process cannot spoil: locks, atomic writes, rows; and where the checkout is."""
+"""Files that a kill, a full disk or another process cannot spoil: locks, atomic writes, rows; digests; the checkout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
@@ -105,20 +105,40 @@ def source_tree() -> Path | None:
 
 
 def git_state() -> dict:
-    """Commit and whether anything but results differs from it; both None outside a checkout."""
+    """Commit, and whether the checkout differs from it; both None outside a checkout.
+
+    Neither results/ nor what running and saving a notebook changes counts as a difference.
+    """
     root = source_tree()
     if root is None:
         return {"commit": None, "dirty": None}
 
     def git(*arguments: str) -> str:
         call = ["git", "-C", str(root), *arguments]
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout
 
+    def differs(name: str) -> bool:
+        if not (name.endswith(".ipynb") and (root / name).is_file()):
+            return True
+        return notebook_source((root / name).read_text("utf-8")) != notebook_source(git("show", f"HEAD:./{name}"))
+
+    counted = ("--", ".", ":(exclude)results")
     try:
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)results")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+        dirty = bool(git("ls-files", "--others", "--exclude-standard", *counted))
+        changed = git("diff", "HEAD", "--name-only", "--relative", "--no-renames", "-z", *counted)
+        dirty = dirty or any(differs(name) for name in changed.split("\0") if name)
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": dirty}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
+
+
+def notebook_source(text: str) -> list | str:
+    """Kind, source and tags of each cell of a notebook: not its outputs, counts and kernel. Other text as it is."""
+    try:
+        cells = json.loads(text)["cells"]
+        return [[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags")] for cell in cells]
+    except (ValueError, KeyError, TypeError):
+        return text
 
 
 def cache_folder() -> Path:
@@ -128,4 +148,20 @@ def cache_folder() -> Path:
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """First 12 digits of a file's SHA-256, read once: kept in the user's cache by path, size and time of change."""
+    about, kept = path.stat(), cache_folder() / "digests.json"
+    name = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    if name not in known:
+        known[name] = sha256(path)[:12]
+        with suppress(InputError):  # a cache that cannot be written
+            write_text(kept, json.dumps(known))
+    return known[name]

@@ -11,15 +11,22 @@ import time
 
 
 def process() -> tuple[int, int]:
-    """(rank, how many processes), as torchrun and ``accelerate launch`` set them; (0, 1) alone."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, number of processes) of the initialised torch.distributed group; (0, 1) where there is none.
+
+    RANK and WORLD_SIZE alone count for nothing: a cluster's shell may hold them where nothing was launched.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def wait_for_all() -> None:
-    """Until every process of ``ssd-repro run`` has come here: nobody measures while another is timed."""
+    """Until every process of the group has come here; at once where there is no group."""
     import torch.distributed as dist
 
-    if process()[1] > 1 and dist.is_available() and dist.is_initialized():
+    if process()[1] > 1:
         dist.barrier()
 
 

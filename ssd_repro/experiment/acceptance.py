@@ -35,41 +35,40 @@ def piece_events(rounds, tokens: int):
         begin += accepted + 1
 
 
-def kinds(carries: str) -> list[str]:
-    """Of each token of a sentence: speech, silence, or boundary, a token on either side of a change."""
+def kinds(letters: str) -> list[str]:
+    """``rows.token_kinds`` of a sentence -> of each token speech, silence, or boundary: beside a change."""
     names = {"s": "speech", ".": "silence"}
-    padded = carries[:1] + carries + carries[-1:]
-    changes = [len(set(padded[i : i + 3])) > 1 for i in range(len(carries))]
-    return ["boundary" if change else names[letter] for letter, change in zip(carries, changes, strict=True)]
+    padded = letters[:1] + letters + letters[-1:]
+    changes = [len(set(padded[i : i + 3])) > 1 for i in range(len(letters))]
+    return ["boundary" if change else names[letter] for letter, change in zip(letters, changes, strict=True)]
 
 
 def row_events(row) -> list[tuple]:
-    """Of one row: (position in the draft, share of the utterance gone, what it carries, accepted)."""
+    """Of one row's judged drafts: (position in the draft, share of the utterance gone, kind of token, accepted)."""
     events, begin = [], 0
     for rounds, count in zip(row["rounds"], row["pieces"], strict=True):
-        carried = kinds(row["carries"][begin : begin + count])
-        for place, at, accepted in piece_events(rounds, count):
-            kind = "end of speech" if at >= count else carried[at] if carried else "unknown"
-            events.append((place, min((begin + at) / max(row["tokens"], 1), 1.0), kind, accepted))
+        known = kinds(row["token_kinds"][begin : begin + count])
+        for position, token, accepted in piece_events(rounds, count):
+            kind = "end of speech" if token >= count else known[token] if known else "unknown"
+            events.append((position, min((begin + token) / max(row["tokens"], 1), 1.0), kind, accepted))
         begin += count
     return events
 
 
 def judged(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line a judged draft: utterance (its place in ``rows``), place, along (0 to 1), carries, voice, accepted."""
-    lines = [(i, *event, row["voice"]) for i, row in enumerate(rows.to_dict("records")) for event in row_events(row)]
-    return pd.DataFrame(lines, columns=["utterance", "place", "along", "carries", "accepted", "voice"])
+    """One line per judged draft: utterance (its number in ``rows``), position, along (0 to 1), kind, accepted."""
+    lines = [(i, *event) for i, row in enumerate(rows.to_dict("records")) for event in row_events(row)]
+    return pd.DataFrame(lines, columns=["utterance", "position", "along", "kind", "accepted"])
 
 
 def rate(events: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Accepted / judged for each value of ``by``, with a 95 % interval over utterances, if they are enough for one."""
+    """Accepted / judged for each value of ``by``; its 95 % interval over utterances where there are enough of them."""
     lines = []
     for value, group in events.groupby(by, sort=True):
         each = group.groupby("utterance").accepted.agg(["sum", "size"])
         enough = len(each) >= LEAST
         low, high = bootstrap(ratio_of_sums, each["sum"], each["size"]) if enough else (np.nan, np.nan)
-        lines.append({"value": value, "acceptance": group.accepted.mean(), "low": low, "high": high,
-                      "judged": len(group), "n": len(each)})  # fmt: skip
+        lines.append((value, group.accepted.mean(), low, high, len(group), len(each)))
     return pd.DataFrame(lines, columns=["value", "acceptance", "low", "high", "judged", "n"])
 
 
@@ -79,7 +78,7 @@ def speaker(row) -> str:
 
 
 def over_setting(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """``rate`` against a setting of the rows, and accepted / drafted, what the paper calls acceptance rate."""
+    """``rate`` for each value of a setting; also accepted / drafted, the paper's acceptance rate."""
     parts = []
     for value, group in rows.groupby(column, sort=True):
         line = rate(judged(group).assign(value=value), "value")
@@ -108,9 +107,9 @@ def acceptance(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.Da
         "beta": over_setting(ssd[own & length], "tolerance"),
         "L_d": over_setting(ssd[own & beta], "draft_length"),
         "temperature": over_setting(heat, "temperature"),
-        "position in the draft": rate(judged(longest), "place"),
+        "position in the draft": rate(judged(longest), "position"),
         "along the utterance": rate(events.assign(part=(parts + 0.5) / PARTS), "part"),
-        "what the token carries": rate(events, "carries"),
+        "what the token carries": rate(events, "kind"),
         "voice": over_setting(point.assign(speaker=[speaker(row) for row in point.itertuples()]), "speaker"),
     }
     return pd.concat([frame.assign(curve=name) for name, frame in curves.items()]).set_index("curve")

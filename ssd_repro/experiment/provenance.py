@@ -1,4 +1,4 @@
-"""Where results come from: machine, versions, commit, parameters."""
+"""Where results come from: protocol, machine, versions, commit, parameters."""
 
 from __future__ import annotations
 
@@ -7,45 +7,32 @@ import json
 import os
 import platform
 from datetime import datetime, timezone
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
 from ..files import git_state, source_tree, write_text
+from .machine import machine_kind
 
-# Modules that no row depends on; a change in any other makes a new code revision.
-NOT_IN_ROWS = {"__main__", "cli", "compare", "curves", "figures", "report", "tables", "theory", "interactive",
-               "training", "recipe", "corpus", "draft_data", "draft_training", "cosyvoice"}  # fmt: skip
-PACKAGES = ("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime",
-            "speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro")  # fmt: skip
+# Part of every row's key. Raise it by hand when what is decoded or measured changes; the golden tests
+# (tests/decoding, tests/experiment/golden_metrics.json) fail if that changes without it.
+PROTOCOL = 1
+PACKAGES = (
+    *("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime"),
+    *("speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro"),
+)
 
 
-@lru_cache(maxsize=1)
-def code_revision() -> str:
-    """Short SHA-256 of the package's sources that a row depends on."""
+def row_context(device) -> dict:
+    """The part of a row's settings that all rows of this machine share: protocol, device, chip, threads, torch."""
+    return {"protocol": PROTOCOL, **machine_kind(device)}
+
+
+def code_sha256(package: Path = Path(__file__).parents[1]) -> str:
+    """First 12 digits of the SHA-256 of all sources of the package. It is recorded; no row depends on it."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
-        if source.stem not in NOT_IN_ROWS:
-            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-def where(device) -> dict:
-    """The machine, as far as timings depend on it; which of several GPUs it was does not count."""
-    import torch
-
-    kind = str(device).partition(":")[0]
-    chip = torch.cuda.get_device_name(device) if kind == "cuda" else _processor()
-    return {"device": kind, "chip": chip, "threads": torch.get_num_threads(),
-            "torch": torch.__version__}  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def results_folder(out: str, profile: str) -> Path:
@@ -54,7 +41,7 @@ def results_folder(out: str, profile: str) -> Path:
 
 
 def write_provenance(folder, name: str, voice, profile: str, parameters: dict, keys=()) -> dict:
-    """Add to ``<folder>/provenance.json``, under ``name``, where its results (rows ``keys``) come from.
+    """Add to ``<folder>/provenance.json``, under ``name``, where its results (rows ``keys``) come from -> that entry.
 
     An entry stays as it is if the same parameters lead to the same rows: it tells of the run that made them.
     """
@@ -66,11 +53,11 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
     whole[name] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **git_state(),
-        "code": code_revision(),
+        "code": code_sha256(),
         "weights": voice.weights_id,
         "profile": profile,
         "parameters": parameters,
-        **where(voice.device),
+        **row_context(voice.device),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -16,9 +16,8 @@ from IPython.display import Markdown
 from ..errors import InputError
 from ..files import source_tree, write_text
 from . import acceptance, figures, statistics, tables
-from .rows import SILENCE_DB, rows_of_folder, to_frame
+from .rows import SILENCE_DB, busy, count_empty, rows_of_folder, to_frame
 
-BUSY = 0.25  # processors' worth of other work, from which on a machine is not idle
 
 INTERVALS = "[low, high]: 95 % bootstrap intervals over utterances."
 SPEED = (
@@ -77,14 +76,10 @@ def _names(values: pd.Series) -> str:
 
 def caveats(rows: pd.DataFrame) -> str:
     """What to know of these rows: empty utterances, and a machine that did other work; '' if there is nothing."""
-    said = []
-    empty = rows[rows.get("empty", rows.tokens == 0).fillna(False).astype(bool)]
-    if len(empty):
-        counts = empty.method.map(tables.NAMES).value_counts(sort=False).items()
-        said.append(f"Empty utterances among {len(rows)}: {', '.join(f'{name} {count}' for name, count in counts)}.")
-    load = rows.get("other_load", pd.Series(dtype=float)).dropna()
-    if (busy := (load > BUSY).mean()) > 0:
-        said.append(f"Warning: the machine was not idle: other work ran beside {100 * busy:.0f} % of these rows.")
+    counts = {tables.NAMES[method]: count_empty(ours) for method, ours in rows.groupby("method", sort=False)}
+    said = [f"{name}: {count} of {len(rows)} rows are empty utterances." for name, count in counts.items() if count]
+    if share := busy(rows):
+        said.append(f"Warning: the machine was not idle: other work ran beside {100 * share:.0f} % of these rows.")
     return " ".join(said)
 
 

@@ -1,4 +1,4 @@
-"""One row per decoded utterance: its numbers, its key, its file."""
+"""One row per decoded utterance and system: its numbers, its key, its file."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ import pandas as pd
 
 from ..files import append_rows, drop_half_line, locked, read_rows
 from ..models.codec import TOKEN_RATE
-from ..processes import process
 from ..speech.sentences import Utterance
 from .systems import System
 
 SILENCE_DB = -35.0  # a token's 40 ms, against the 95th percentile of its utterance's tokens
+BUSY_CORES = 0.25  # other work than this makes timings doubtful
 
 
-def measured(takes: list) -> dict:
-    """One row's numbers from repeated takes: medians of seconds, all else from the first.
+def decoding_fields(takes: list) -> dict:
+    """A row's fields from repeated takes of one utterance: medians of seconds, all else from the first take.
 
-    pieces: tokens of each sentence of the text. rounds: of each sentence the [drafted,
-    accepted] of its rounds, none where nothing was drafted (every round then gives one token).
+    empty: nothing was spoken, a stop token came first. pieces: number of tokens of each sentence
+    of the text. rounds: of each sentence the [drafted, accepted] of its rounds; an empty list where
+    nothing was drafted, for then every round gives one token.
     """
     take = takes[0]
     speculated = any(r.drafted for sentence in take.sentences for r in sentence.rounds)
     rounds = [[[r.drafted, r.accepted] for r in s.rounds if speculated] for s in take.sentences]
     return {
         "tokens": len(take.token_ids),
+        "empty": not take.token_ids,
         "token_ids": list(take.token_ids),
         "pieces": [len(sentence.tokens) for sentence in take.sentences],
         "rounds": rounds,
-        "carries": carries(take),
+        "token_kinds": token_kinds(take),
         "gap_seconds": take.gap_seconds,
         "repeatable": all(other.token_ids == take.token_ids for other in takes),
         "stopped": take.stopped,
         "audio_seconds": take.audio_seconds,
         "lm_seconds": _median(t.lm_seconds for t in takes),
         "lm_seconds_each": [round(t.lm_seconds, 6) for t in takes],
-        "synthesis_seconds": _median(t.rtf * t.audio_seconds for t in takes),
-        "seconds": {k: _median(t.seconds[k] for t in takes) for k in take.seconds},
+        "synthesis_seconds": _median(sum(t.seconds.values()) for t in takes),
+        "seconds": {phase: _median(t.seconds[phase] for t in takes) for phase in take.seconds},
         "target_calls": take.target_calls,
         "draft_calls": take.draft_calls,
         "drafted": sum(r.drafted for s in take.sentences for r in s.rounds),
@@ -53,14 +55,14 @@ def measured(takes: list) -> dict:
     }
 
 
-def baseline(takes: list) -> dict:
-    """Of a row's baseline, the autoregressive target decoded in turn with it."""
+def baseline_fields(takes: list) -> dict:
+    """A row's fields from the takes of its baseline, the autoregressive target decoded in turn with it."""
     return {
         "base_tokens": len(takes[0].token_ids),
         "base_audio_seconds": takes[0].audio_seconds,
         "base_lm_seconds": _median(t.lm_seconds for t in takes),
         "base_prefill_seconds": _median(t.seconds["prefill"] for t in takes),
-        "base_synthesis_seconds": _median(t.rtf * t.audio_seconds for t in takes),
+        "base_synthesis_seconds": _median(sum(t.seconds.values()) for t in takes),
     }
 
 
@@ -69,55 +71,68 @@ def _median(seconds) -> float:
     return round(statistics.median(seconds), 6)
 
 
-def carries(take) -> str:
-    """What each token carries by its 40 ms of sound, a letter each: s speech, '.' silence.
+def token_kinds(take) -> str:
+    """Of each token a letter for its 40 ms of sound: s speech, '.' silence.
 
-    Silence lies SILENCE_DB below the 95th percentile of the tokens. Empty where the sound
-    cannot be laid beside the tokens: it is longer or shorter than they say, or there is none.
+    Silence lies SILENCE_DB below the 95th percentile of the tokens. An empty string where the
+    tokens cannot be found in the sound: there is none, or its length is not theirs.
     """
     counts = [len(sentence.tokens) for sentence in take.sentences]
     width, gap = take.sample_rate // TOKEN_RATE, int(take.gap_seconds * take.sample_rate)
     if not np.any(take.audio) or len(take.audio) != sum(counts) * width + gap * (len(counts) - 1):
         return ""
-    begins = np.cumsum([0, *(n * width + gap for n in counts)])
-    spoken = np.concatenate([take.audio[b : b + n * width] for b, n in zip(begins, counts, strict=False)])
-    level = 10 * np.log10(np.square(spoken.reshape(-1, width)).mean(1) + 1e-12)
+    starts = np.cumsum([0, *(n * width + gap for n in counts[:-1])])
+    sound = np.concatenate([take.audio[start : start + n * width] for start, n in zip(starts, counts, strict=True)])
+    level = 10 * np.log10(np.square(sound.reshape(-1, width)).mean(1) + 1e-12)
     return "".join("." if low else "s" for low in level < np.percentile(level, 95) + SILENCE_DB)
 
 
-def row_settings(system: System, said: Utterance, context: dict) -> dict:
-    return {**asdict(system), **asdict(said), **context}
+def busy(rows: pd.DataFrame) -> float | None:
+    """Share of rows that were timed while other work took more than BUSY_CORES; None where no row says."""
+    load = pd.to_numeric(rows["other_load"]).dropna() if "other_load" in rows else []
+    return float((load > BUSY_CORES).mean()) if len(load) else None
+
+
+def count_empty(rows: pd.DataFrame) -> int:
+    """How many utterances came out empty; rows made before there was that field say nothing, and count as spoken."""
+    return int(rows["empty"].eq(True).sum()) if "empty" in rows else 0  # rows.empty is pandas' own
+
+
+def row_settings(system: System, utterance: Utterance, context: dict, models: dict) -> dict:
+    """What a row is of; ``models``: those that score it, of no weight for a row that is not scored."""
+    return {**asdict(system), **asdict(utterance), **context, **(models if system.scored else {})}
 
 
 def key(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def find(known: dict[str, dict], settings: dict) -> dict | None:
-    """The row of these settings; where none needs to be heard, a heard one will do."""
-    return known.get(key(settings)) or known.get(key({**settings, "heard": True}))
+def unscored_key(settings: dict, models: dict) -> str:
+    """The key of the same decoding without scores."""
+    return key({k: v for k, v in settings.items() if k not in models} | {"scored": False})
 
 
 @contextmanager
-def locked_rows(folder, name: str, rank: int = 0):
-    """The rows file that this process alone may write; that of rank 0 of many is locked as ``name`` itself."""
-    own = Path(folder) / "rows" / f"{name}.jsonl"
-    if process()[1] > 1:
-        own = own.with_suffix(f".rank{rank}.jsonl")
-    lock = own.with_name(f"{name}.lock" if rank == 0 else f"{name}.rank{rank}.lock")
-    with locked(lock):
-        yield own
+def locked_rows(folder, name: str, rank: int = 0, world: int = 1):
+    """The rows file that this process alone may write. Rank 0 locks ``name`` itself, alone or among many."""
+    path = Path(folder) / "rows" / (f"{name}.jsonl" if world == 1 else f"{name}.rank{rank}.jsonl")
+    with locked(path.with_name(f"{name}.rank{rank}.lock" if rank else f"{name}.lock")):
+        yield path
 
 
 def rank_files(path: Path) -> list[Path]:
-    """What several processes wrote for the rows file ``path`` (or for that of which it is a part)."""
-    return sorted(path.parent.glob(f"{path.name.partition('.')[0]}.rank*.jsonl"))
+    """What several processes wrote for the rows file ``path``."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
 
 
 def rows_of_folder(folder) -> dict[str, dict]:
-    """key -> row, of all rows files of a results folder and of every process's part of them."""
+    """key -> row, of all rows files of a results folder, each process's part of them included.
+
+    A scored row is also found under the key that it would have unscored, if no other row has that.
+    """
     paths = sorted((Path(folder) / "rows").glob("*.jsonl"))
-    return {row["key"]: row for path in paths for row in read_rows(path)}
+    rows = [row for path in paths for row in read_rows(path)]
+    return {row["unscored_key"]: row for row in rows if "unscored_key" in row} | {row["key"]: row for row in rows}
 
 
 def merge_rows(path: Path) -> None:

@@ -1,107 +1,173 @@
-"""A grid of settings x utterances -> one row per decoded utterance, resumable, with provenance.
+"""A grid of systems x utterances -> one row each, resumable.
 
 Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins.
-A row's key is over its settings, the weights, the code and the machine: rows of another
-model, code or machine stay in the file, but are never used for this one. Grids share rows:
-what any file of the folder holds is not made again.
+A row is used again when settings, weights, machine kind and ``provenance.PROTOCOL`` agree, whatever
+file of the folder holds it. Other rows stay where they are.
 
 A row is timed against its own baseline: the autoregressive target, decoded in turn with it
-(``base_*``), whatever run that was. So rows of different runs compare by their ratios.
+(``base_*``), in whichever run that was. So rows of different runs compare by their ratios.
 
-Several processes (torchrun, ``accelerate launch``) share the utterances: each writes
+Several processes of one torch.distributed group share the utterances: each writes
 ``<name>.rank<r>.jsonl``, and the next run in one process puts those into ``<name>.jsonl``.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import pandas as pd
 
 from ..errors import InputError
 from ..files import append_row, drop_half_line
 from ..processes import process, wait_for_all
 from ..speech.sentences import Utterance
 from . import metrics
-from .provenance import code_revision, where
-from .rows import baseline, find, key, locked_rows, measured, merge_rows, row_settings, rows_of_folder, to_frame
-from .systems import System, _is_base, _plain, lineup
+from .machine import LoadMeter, processes_of_run
+from .provenance import row_context
+from .rows import (
+    baseline_fields,
+    decoding_fields,
+    key,
+    locked_rows,
+    merge_rows,
+    row_settings,
+    rows_of_folder,
+    to_frame,
+    unscored_key,
+)
+from .systems import System, distinct, turn_order
 
 WARM_UP = "This short sentence warms the machine up."
 BLOCK = 4  # utterances that each of several processes decodes before they all measure
 
 
-def run(voice, systems, utterances, folder, name, repeats=2, whisper="", speaker="",
-        progress=lambda it: it):  # fmt: skip
+@dataclass(frozen=True)
+class Job:
+    """One utterance; the settings of its row under every system; the systems that lack that row."""
+
+    utterance: Utterance
+    turn: int  # decides which system begins
+    settings: dict[System, dict]
+    missing: list[System]
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The metric models by name, and what rows say of them."""
+
+    whisper: str
+    speaker: str
+    about: dict[str, str]
+
+
+def run(
+    voice, systems, utterances, folder, name, repeats=2, whisper="", speaker="", progress=lambda it: it
+) -> pd.DataFrame:
     """Decode and measure what no rows file holds yet -> DataFrame, one row per utterance and system.
 
-    Fair timing: one warm-up of every system; then, sentence by sentence, the systems take
-    turns (who begins rotates), ``repeats`` times with the same seed, and the median counts.
-    The autoregressive target takes its turn wherever something is decoded, as its baseline, also
-    where its own row is there or was not asked for. Metrics are computed after the timed part,
-    of several processes when all of them have ended it.
+    Fair timing: one warm-up of every system; then, utterance by utterance, the systems take
+    turns (another one begins each time), ``repeats`` times with the same seed, and the median
+    counts. The autoregressive target takes its turn wherever something is decoded, as its
+    baseline. Metrics are computed after the timed part; with several processes, when all of
+    them have ended it. Raises InputError, before any work where it can.
     """
-    if not isinstance(repeats, int) or repeats < 1:
-        raise InputError(f"repeats must be a whole number of at least 1, got {repeats!r}")
-    systems = _plain(systems, voice)
-    for said in utterances:  # before any work
-        for system in systems:
-            voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
-    context = {**where(voice.device), "precision": voice.precision, "compile": voice.compile,
-               "front_end": voice.front_end, "weights": voice.weights_id, "sampler": asdict(voice.sampler),
-               "code": code_revision(), "repeats": repeats, **metrics.models(whisper, speaker)}  # fmt: skip
+    systems = distinct(systems, voice)
+    _check(voice, systems, utterances, repeats)
+    scored = voice.audible and any(system.scored for system in systems)
+    scorers = Scorers(whisper, speaker, metrics.models(whisper, speaker) if scored else {})
+    context = _context(voice, repeats)
     rank, world = process()
-    mine = utterances[rank::world]
-    cells = [[(system, row_settings(system, said, context)) for system in systems] for said in mine]
     block = BLOCK if world > 1 else 1
+    blocks = range(0, -(-len(utterances) // world), block)  # as many for every process
+    load = LoadMeter(processes_of_run())
 
-    with locked_rows(folder, name, rank) as path:
+    with locked_rows(folder, name, rank, world) as path:
         if world == 1:
             merge_rows(path)
         drop_half_line(path)
         known = rows_of_folder(folder)
-        missing = {system for line in cells for system, s in line if find(known, s) is None}
-        _warm_up(voice, [s for s in systems if s in missing], mine, whisper, speaker)
+        jobs = _plan(systems, utterances[rank::world], known, context, scorers)
+        _warm_up(voice, systems, jobs, scorers)
         wait_for_all()  # nobody is timed while another warms up
-        for begin in progress(range(0, -(-len(utterances) // world), block)):
-            chosen = range(begin, min(begin + block, len(mine)))
-            timed = []
-            for i in chosen:
-                new = [(system, s) for system, s in cells[i] if find(known, s) is None]
-                order = lineup(systems, [system for system, _ in new], i)
-                timed.append((new, mine[i], decode(voice, order, mine[i], repeats)))
+        for first in progress(blocks):
+            timed = [(job, *_decode(voice, systems, job, repeats, load)) for job in jobs[first : first + block]]
             wait_for_all()
-            for new, said, takes in timed:
-                for row in rows_of(voice, new, said, takes, whisper, speaker):
+            for job, takes, other_load in timed:
+                for row in _measure(voice, job, takes, scorers):
+                    row |= {"processes": world, "other_load": other_load}
                     append_row(path, row)
                     known[row["key"]] = row
             wait_for_all()
-    return to_frame(find(known, settings) for line in cells for _, settings in line)
+    return to_frame(known[key(settings)] for job in jobs for settings in job.settings.values())
 
 
-def _warm_up(voice, missing: list[System], said: list[Utterance], whisper: str, speaker: str) -> None:
-    """Models that cannot be had are known before any work; then one decode of every system."""
-    if any(system.heard for system in missing) and voice.audible:
-        metrics.load(whisper, speaker)
-    for system in lineup(missing, missing, 0):
-        voice.speak(WARM_UP, voice=said[0].voice, seed=0, **system.arguments())
+def _check(voice, systems: list[System], utterances: list[Utterance], repeats: int) -> None:
+    if not isinstance(repeats, int) or repeats < 1:
+        raise InputError(f"repeats must be a whole number of at least 1, got {repeats!r}")
+    for utterance in utterances:
+        for system in systems:
+            voice.check(utterance.text, voice=utterance.voice, seed=utterance.seed, **system.arguments())
 
 
-def decode(voice, order: list[System], said: Utterance, repeats: int) -> dict[System, list]:
-    """Timed decodes of one utterance, the systems in turn -> the takes of each."""
-    takes: dict[System, list] = {system: [] for system in order}
+def _context(voice, repeats: int) -> dict:
+    """The settings that all rows of a run share."""
+    return {
+        **row_context(voice.device),
+        "precision": voice.precision,
+        "compile": voice.compile,
+        "front_end": voice.front_end,
+        "weights": voice.weights_id,
+        "sampler": asdict(voice.sampler),
+        "repeats": repeats,
+    }
+
+
+def _plan(systems, utterances, known: dict[str, dict], context: dict, scorers: Scorers) -> list[Job]:
+    """What is to be decoded: a job per utterance, also where no row is missing."""
+    jobs = []
+    for turn, utterance in enumerate(utterances):
+        settings = {system: row_settings(system, utterance, context, scorers.about) for system in systems}
+        jobs.append(Job(utterance, turn, settings, [s for s in systems if key(settings[s]) not in known]))
+    return jobs
+
+
+def _warm_up(voice, systems: list[System], jobs: list[Job], scorers: Scorers) -> None:
+    """Fail early if a metric model is missing; then decode a short text with every system that will decode."""
+    missing = [system for system in systems if any(system in job.missing for job in jobs)]
+    if voice.audible and any(system.scored for system in missing):
+        metrics.load(scorers.whisper, scorers.speaker)
+    for system in turn_order(missing, missing, 0):
+        voice.speak(WARM_UP, voice=jobs[0].utterance.voice, seed=0, **system.arguments())
+
+
+def _decode(voice, systems, job: Job, repeats: int, load: LoadMeter) -> tuple[dict[System, list], float | None]:
+    """Timed decodes of one utterance, the systems in turn -> the takes of each, and the load by other work."""
+    said, takes = job.utterance, {system: [] for system in turn_order(systems, job.missing, job.turn)}
+    load.restart()
     for _ in range(repeats):
-        for system, mine in takes.items():
-            mine.append(voice.speak(said.text, voice=said.voice, seed=said.seed, **system.arguments()))
-    return takes
+        for system, of_system in takes.items():
+            of_system.append(voice.speak(said.text, voice=said.voice, seed=said.seed, **system.arguments()))
+    return takes, load.other_load()
 
 
-def rows_of(voice, new, said: Utterance, takes: dict, whisper: str, speaker: str):
-    """One by one the rows of one utterance: ``new`` (system, settings), as ``decode`` timed them, and heard."""
-    beside, settings = next((mine for system, mine in takes.items() if _is_base(system)), []), dict(new)
-    for system in (system for system in takes if system in settings):
-        scores = metrics.UNHEARD
-        if system.heard and voice.audible:
-            take, reference = takes[system][0], voice.reference(said.voice)
-            scores = metrics.measure(take.audio, take.sample_rate, said.text, reference, whisper, speaker)
-        own = settings[system]
-        yield {"key": key(own), **own, **measured(takes[system]), **baseline(beside),
-               "processes": process()[1], **scores}  # fmt: skip
+def _measure(voice, job: Job, takes: dict[System, list], scorers: Scorers) -> Iterator[dict]:
+    """The rows that were missing, one by one as they are scored."""
+    for system in (system for system in takes if system in job.missing):
+        settings = job.settings[system]
+        yield {
+            "key": key(settings),
+            "unscored_key": unscored_key(settings, scorers.about),
+            **settings,
+            **decoding_fields(takes[system]),
+            **baseline_fields(next(each for other, each in takes.items() if other.is_baseline)),
+            **_scores(voice, system, job.utterance, takes[system][0], scorers),
+        }
+
+
+def _scores(voice, system: System, utterance: Utterance, take, scorers: Scorers) -> dict:
+    if not (system.scored and voice.audible):
+        return metrics.UNSCORED
+    audio = take.audio if take.token_ids else take.audio[:0]  # Whisper finds words in the pauses of an empty take
+    reference = voice.reference(utterance.voice)
+    return metrics.measure(audio, take.sample_rate, utterance.text, reference, scorers.whisper, scorers.speaker)

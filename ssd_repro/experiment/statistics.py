@@ -16,7 +16,7 @@ from ..errors import InputError
 DRAWS = 2000  # bootstrap resamples
 LEAST = 8  # utterances; of fewer a percentile interval says too little
 SHOWN_DIFFERENT, SHOWN_EQUIVALENT = "shown different", "shown equivalent"
-NOT_SHOWN, TOO_FEW = "no difference shown", f"fewer than {LEAST} utterances"
+NOT_SHOWN, TOO_FEW, NOT_SCORED = "no difference shown", f"fewer than {LEAST} utterances", "not scored"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ MARGINS = "WER ± 1 point, P808 ± 0.1, SS ± 0.02"
 def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of ``statistic(*columns)``, whole utterances resampled, paired over columns.
 
-    columns (n,); ``statistic`` takes them as (draws, n) and reduces the last axis.
+    columns (n,); ``statistic`` takes them as (draws, n) and reduces the last axis. scipy.stats.bootstrap gives the
+    same to 1e-15, but no interval of one utterance, nor where a resample has no value.
     """
     columns = [np.asarray(column, float) for column in columns]
     pick = np.random.default_rng(seed).integers(len(columns[0]), size=(draws, len(columns[0])))
@@ -64,7 +65,7 @@ def ratio_of_sums(a, b):
 
 
 def corpus_speedup(base_seconds, base_size, seconds, size):
-    """Seconds a unit (of audio: LM-RTF; a token) of the baseline over the system's, each over all utterances."""
+    """Seconds per unit (second of audio, token) of the baseline over the system's, each over all utterances."""
     return ratio_of_sums(base_seconds, base_size) / ratio_of_sums(seconds, size)
 
 
@@ -94,7 +95,7 @@ def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> dict:
     """Ours - theirs of one measure, rows of the same utterances -> difference, low, high, margin, verdict, n.
 
-    Utterances of which either is not known (no sound to judge) are left out of n.
+    Utterances that lack the measure in either (no sound to judge) are left out of n.
     """
     names = [measure.top] + ([measure.bottom] if measure.bottom else [])
     ours, theirs = paired(ours, theirs)
@@ -102,8 +103,7 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> di
     known = ~np.isnan(columns).any(0)
     columns, n = [column[known] for column in columns], int(known.sum())
     if n == 0:
-        return {"difference": np.nan, "low": np.nan, "high": np.nan, "margin": measure.margin,
-                "verdict": "not heard", "n": 0}  # fmt: skip
+        return _line(np.nan, (np.nan, np.nan), measure.margin, NOT_SCORED, 0)
 
     def statistic(*c):
         if measure.bottom:
@@ -111,12 +111,11 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> di
         return np.mean(c[0] - c[1], -1)
 
     inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
-    return {"difference": float(statistic(*columns)), "low": outer[0], "high": outer[1], "margin": measure.margin,
-            "verdict": verdict(inner, outer, measure.margin, n), "n": n}  # fmt: skip
+    return _line(float(statistic(*columns)), outer, measure.margin, verdict(inner, outer, measure.margin, n), n)
 
 
 def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFrame:
-    """Each system against ``base``, a line a measure -> columns system, measure, difference, ..., verdict."""
+    """Each system against ``base``, one line per measure -> columns system, measure, difference, ..., verdict."""
     lines = []
     for name, rows in systems.items():
         lines += [{"system": name, "measure": m.name, **difference(rows, base, m)} for m in MEASURES]
@@ -125,10 +124,14 @@ def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFram
 
 
 def length_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
-    """Seconds of audio over the baseline's, all utterances together; 'different' if the interval leaves 1 out."""
+    """Seconds of audio over the baseline's, all utterances together; different if the interval leaves 1 out."""
     ours, theirs = paired(ours, theirs)
     columns = ours.audio_seconds, theirs.audio_seconds
     inner, outer = (bootstrap(ratio_of_sums, *columns, level=level) for level in (0.90, 0.95))
     shifted = [(low - 1, high - 1) for low, high in (inner, outer)]
-    return {"difference": float(ratio_of_sums(*columns)), "low": outer[0], "high": outer[1], "margin": None,
-            "verdict": verdict(*shifted, None, len(ours)), "n": len(ours)}  # fmt: skip
+    return _line(float(ratio_of_sums(*columns)), outer, None, verdict(*shifted, None, len(ours)), len(ours))
+
+
+def _line(difference: float, interval: tuple[float, float], margin: float | None, shown: str, n: int) -> dict:
+    low, high = interval
+    return {"difference": difference, "low": low, "high": high, "margin": margin, "verdict": shown, "n": n}

@@ -130,7 +130,7 @@ def figure3(rows: pd.DataFrame) -> pd.DataFrame:
 
 def quality(rows: pd.DataFrame) -> pd.DataFrame:
     """Every system that was scored against the autoregressive target (``statistics.quality``)."""
-    scored = {label: ours for label, ours in by_system(rows).items() if ours.get("scored", ours.get("heard")).all()}
+    scored = {label: ours for label, ours in by_system(rows).items() if ours.scored.all()}
     return statistics.quality(scored, of_method(rows, "autoregressive"))
 
 

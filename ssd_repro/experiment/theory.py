@@ -1,6 +1,6 @@
 """How fast speculative decoding should be: Leviathan et al. 2023 (arXiv 2211.17192), then with measured costs.
 
-alpha: the chance that a judged draft is accepted; L: drafted tokens a round; c: the cost of
+alpha: the probability that a judged draft is accepted; L: drafted tokens per round; c: the cost of
 one draft step over one target step.
 """
 
@@ -14,7 +14,7 @@ from .statistics import bootstrap, corpus_speedup
 
 
 def expected_tokens(alpha: float, length: int) -> float:
-    """Tokens a round if every draft is accepted with chance alpha: (1 - alpha^(L+1)) / (1 - alpha), Eq. 1."""
+    """Tokens per round if a draft is accepted with probability alpha: (1 - alpha^(L+1)) / (1 - alpha), Eq. 1."""
     return float(np.sum(float(alpha) ** np.arange(length + 1)))
 
 
@@ -53,12 +53,12 @@ def costs(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
-    """Measured and predicted speed-up a token of one SSD setting, and where the residue comes from.
+    """Measured and predicted speed-up per token of one SSD setting, and where the residue comes from.
 
-    formula    Leviathan's: one acceptance rate, verification at the price of a target step
+    formula    Leviathan's: one acceptance rate, verification at the cost of a target step
     positions  the same with the acceptance measured at each position of the draft
-    costs      and with the measured price of the verification
-    prefill %, loop %  of SSD's LM time: what no prediction has in it
+    costs      also with the measured cost of the verification
+    prefill %, loop %  of SSD's LM time: what no prediction counts
     left %     the rest of the residue: first tokens, rounds cut short by the end, the baseline's prefill
     """
     tokens = judged(rows)
@@ -74,7 +74,7 @@ def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
         "alpha": alpha,
         "draft / target step": c["draft"] / c["target"],
         "verification / target step": c["verify"] / c["target"],
-        "tokens a round": by_position,
+        "tokens per round": by_position,
         "measured": measured,
         "measured_low": low,
         "measured_high": high,

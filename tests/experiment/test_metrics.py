@@ -1,6 +1,9 @@
 """Metrics against known answers and against the packages that they come from."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import pytest
 from ssd_repro import files
 from ssd_repro.errors import InputError
 from ssd_repro.experiment import metrics
+from ssd_repro.models import checkpoints
+from ssd_repro.speech.audio import read_audio
 
 pytest.importorskip("speechmos", reason="the extra eval is not installed")
 RATE = 24_000
@@ -22,7 +27,7 @@ def voiced(seconds=3.0, pitch=120.0, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("reference", "heard", "errors", "words"),
+    ("reference", "transcript", "errors", "words"),
     [
         ("The colour of Mr. Brown's 2 coats.", "the color of mister browns two coats", 0, 7),
         ("I don't know twenty-one people.", "I do not know 21 people", 0, 6),
@@ -31,8 +36,8 @@ def voiced(seconds=3.0, pitch=120.0, seed=0):
         ("one small step", "", 3, 3),
     ],
 )
-def test_word_errors_after_whispers_normaliser(reference, heard, errors, words):
-    found = metrics.word_errors(reference, heard)
+def test_word_errors_after_whispers_normaliser(reference, transcript, errors, words):
+    found = metrics.word_errors(reference, transcript)
     if "Brown's" in reference:  # the normaliser keeps the possessive apart: "brown s"
         assert found[1] > 0 and found[0] <= 2
     else:
@@ -60,6 +65,8 @@ def test_without_sound_there_is_no_score():
     assert math.isnan(metrics.speaker_similarity(nothing, voiced(), RATE))
     assert math.isnan(metrics.speaker_similarity(silence, voiced(), RATE))
     assert metrics.transcribe(nothing, RATE) == ""
+    scores = metrics.measure(nothing, RATE, "three words here", voiced())
+    assert (scores["transcript"], scores["word_errors"], scores["words"]) == ("", 3, 3)
 
 
 def test_similarity_is_one_with_itself_and_less_with_another():
@@ -68,14 +75,75 @@ def test_similarity_is_one_with_itself_and_less_with_another():
     assert metrics.speaker_similarity(a, b, RATE) < 0.95
 
 
+def whisper_folder(path, content):
+    path.mkdir()
+    (path / "model.bin").write_bytes(content)
+    return str(path)
+
+
 def test_where_whisper_comes_from(monkeypatch, tmp_path):
-    monkeypatch.setenv(metrics.WHISPER_VARIABLE, "small")
-    assert metrics.find_whisper("tiny.en") == "tiny.en"
-    assert metrics.find_whisper() == "small"
+    tiny, small = (whisper_folder(tmp_path / name, b"") for name in ("tiny", "small"))
+    monkeypatch.setenv(metrics.WHISPER_VARIABLE, small)
+    assert metrics.find_whisper(tiny) == tiny and metrics.find_whisper() == small
     monkeypatch.delenv(metrics.WHISPER_VARIABLE)
     monkeypatch.setattr(metrics, "WHISPER_PARTS", ("no_such_package_1", "no_such_package_2"))
     with pytest.raises(InputError, match=r"no Whisper model found.*SSD_REPRO_WHISPER"):
         metrics.find_whisper()
+
+
+def test_rows_name_their_metric_models_by_content(monkeypatch, tmp_path):
+    """Two models of one name are two models; one file is read once."""
+    monkeypatch.delenv(metrics.WHISPER_VARIABLE, raising=False)
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+    plain = metrics.models()
+    assert (plain["whisper"], plain["speaker"]) == ("base", "GE2E")
+    for model, count in {"whisper": 1, "speaker": 1, "dnsmos": 2}.items():
+        assert re.fullmatch(" ".join(["[0-9a-f]{12}"] * count), plain[f"{model}_sha256"])
+    folder = whisper_folder(tmp_path / "own", b"one")
+    monkeypatch.setenv(metrics.WHISPER_VARIABLE, folder)
+    first = metrics.models()
+    (tmp_path / "own" / "model.bin").write_bytes(b"another")
+    second = metrics.models()
+    assert first["whisper"] == second["whisper"] == folder
+    assert len({about["whisper_sha256"] for about in (plain, first, second)}) == 3
+    monkeypatch.setattr(files, "sha256", lambda path: pytest.fail(f"{path} was read again"))
+    assert metrics.models() == second
+
+
+def test_the_digest_of_a_wavlm_is_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_wavlm", lambda name: None)
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    about = metrics.models(speaker=str(tmp_path))
+    assert about["speaker"] == str(tmp_path)
+    assert about["speaker_sha256"] == files.sha256(tmp_path / "model.safetensors")[:12]
+
+
+@pytest.mark.parametrize("package", ["speechmos", "resemblyzer"])
+def test_a_missing_metric_model_is_one_sentence(monkeypatch, package):
+    found = metrics.util.find_spec
+    monkeypatch.setattr(metrics.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(InputError, match=f"(?i){package} is missing: install the extra `ssd-repro.eval.`"):
+        metrics.models()
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_metrics.json").read_text("utf-8"))
+REFERENCES = checkpoints.BUNDLED / "references"
+
+
+@pytest.mark.skipif(not REFERENCES.is_dir(), reason="no bundled voice in this checkout")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_metrics_of_stored_audio_stay_as_they_are(name):
+    """If they change on purpose: raise provenance.PROTOCOL, and write the new values into golden_metrics.json."""
+    expected = dict(GOLDEN[name])
+    audio, reference = (read_audio(REFERENCES / f"{file}.flac", RATE) for file in (name, expected.pop("reference")))
+    found = metrics.measure(audio, RATE, expected.pop("text"), reference)
+    assert set(found) == set(expected)
+    for score in ("transcript", "word_errors", "words", "char_errors", "chars"):
+        assert found[score] == expected[score]
+    for score in ("p808", "sig", "bak", "ovrl", "similarity"):
+        assert found[score] == pytest.approx(expected[score], abs=2e-3)
 
 
 def test_a_whisper_that_cannot_be_loaded_is_one_sentence(tmp_path):
@@ -91,7 +159,7 @@ def test_the_two_halves_are_joined_once_and_again_if_cut_short(monkeypatch, tmp_
         (half / f"model.bin.part{number}").write_bytes(content)
         halves.append(half)
     (halves[0] / "config.json").write_text("{}")
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(metrics, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(metrics.metadata, "version", lambda _: "1")
     folder = metrics._joined(halves)
     assert (folder / "model.bin").read_bytes() == b"leftright"

@@ -1,5 +1,6 @@
-"""Several processes: shares, merging, the two-process run of a notebook."""
+"""Several processes: shares, merging, the rows of two real processes."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -7,12 +8,13 @@ import sys
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 
 import ssd_repro
 from ssd_repro import files as files_module
 from ssd_repro import processes
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import metrics, tables
+from ssd_repro.experiment import machine, metrics, report, tables
 from ssd_repro.experiment import rows as rows_module
 from ssd_repro.experiment import run as run_module
 from ssd_repro.experiment.systems import System
@@ -20,8 +22,10 @@ from ssd_repro.models import checkpoints
 from ssd_repro.speech import sentences
 
 SYSTEMS = [System("autoregressive"), System("draft"), System("speculative", 0.4, 3)]
-TIMES = ["lm_seconds", "lm_seconds_each", "synthesis_seconds", "seconds", "base_lm_seconds", "base_prefill_seconds",
-         "base_synthesis_seconds", "processes"]  # fmt: skip
+TIMES = [
+    *("lm_seconds", "lm_seconds_each", "synthesis_seconds", "seconds", "base_lm_seconds", "base_prefill_seconds"),
+    *("base_synthesis_seconds", "processes", "other_load"),
+]
 
 
 def run(voice, folder, count=7, **other):
@@ -30,8 +34,45 @@ def run(voice, folder, count=7, **other):
 
 
 def as_rank(monkeypatch, rank, world):
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+    """As if this process were one of a torch.distributed group, whose fellows never keep it waiting."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own] * world))
+
+
+def test_only_an_initialised_group_makes_several_processes(fake, tmp_path, monkeypatch):
+    """A pod of a cluster sets RANK and WORLD_SIZE, also where a notebook is opened in it and nothing was launched."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert processes.process() == (0, 1)
+    processes.wait_for_all()
+    assert len(run(fake, tmp_path, count=3, repeats=1)) == 9 and files(tmp_path) == {"table1.jsonl"}
+    as_rank(monkeypatch, 2, 4)
+    assert processes.process() == (2, 4)
+
+
+def _in_group(rank, store, found):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    fellows = machine.processes_of_run()
+    processes.wait_for_all()
+    found.put((processes.process(), os.getpid(), sorted(fellows)))
+    processes.wait_for_all()
+    dist.destroy_process_group()
+
+
+def test_a_real_group_knows_its_processes(tmp_path):
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    group = [context.Process(target=_in_group, args=(rank, tmp_path / "store", found)) for rank in (0, 1)]
+    for process in group:
+        process.start()
+    told = sorted(found.get(timeout=60) for _ in group)
+    for process in group:
+        process.join()
+    assert [whoami for whoami, *_ in told] == [(0, 2), (1, 2)]
+    assert all(fellows == sorted(pid for _, pid, _ in told) for *_, fellows in told)
 
 
 def files(folder):
@@ -110,9 +151,9 @@ def test_nobody_merges_while_a_process_writes(fake, tmp_path, monkeypatch):
     as_rank(monkeypatch, 1, 2)
     run(fake, tmp_path, count=2)
     as_rank(monkeypatch, 0, 1)
-    with files_module.locked(tmp_path / "rows" / "table1.rank1.lock"):
-        with pytest.raises(InputError, match="another run is writing"):
-            run(fake, tmp_path, count=2)
+    lock = tmp_path / "rows" / "table1.rank1.lock"
+    with files_module.locked(lock), pytest.raises(InputError, match="another run is writing"):
+        run(fake, tmp_path, count=2)
     assert files(tmp_path) == {"table1.rank1.jsonl"}
     with files_module.locked(tmp_path / "rows" / "table1.lock"), pytest.raises(InputError, match="another run"):
         as_rank(monkeypatch, 0, 2)
@@ -120,12 +161,12 @@ def test_nobody_merges_while_a_process_writes(fake, tmp_path, monkeypatch):
 
 
 def test_no_process_measures_while_another_is_timed(fake, tmp_path, monkeypatch):
-    """The warm-up, then blocks of decoding and of measuring, a barrier after each; a process without work still comes to all of them."""
+    """A barrier after the warm-up and after each block of decoding or measuring, also for a process without work."""
     order = []
-    decode, measure = fake.decode, metrics.metrics.measure
+    decode, measure = fake.decode, metrics.measure
     monkeypatch.setattr(fake, "decode", lambda *a, **k: order.append("decode") or decode(*a, **k))
-    monkeypatch.setattr(metrics.metrics, "measure", lambda *a: order.append("measure") or measure(*a))
-    monkeypatch.setattr(processes, "wait_for_all", lambda: order.append("wait"))
+    monkeypatch.setattr(metrics, "measure", lambda *a: order.append("measure") or measure(*a))
+    monkeypatch.setattr(run_module, "wait_for_all", lambda: order.append("wait"))
     block = ["decode", "wait", "measure", "wait"]
     warm = ["decode", "wait"]
     for rank, expected in ((0, [*warm, *block, *block]), (1, [*warm, *block, "wait", "wait"])):
@@ -137,33 +178,38 @@ def test_no_process_measures_while_another_is_timed(fake, tmp_path, monkeypatch)
 
 
 def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0"]  # fmt: skip
-    small = ["--only", "01", "-p", "sentences", "5"]
-    command = [*launch, "-m", "ssd_repro", "run", "--out", "out", *small]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*launch, "-m", "ssd_repro", "run", "--out", "out", "--only", "01", "-p", "sentences", "3"]
     done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     assert files(out) == {"table1.jsonl"} and {p.name for p in out.glob("*.ipynb")} == {"01_table1.ipynb"}
-    assert len(files_module.read_rows(out / "rows" / "table1.jsonl")) == 15
-    table = tables.table1(run(fake, tmp_path / "alone", count=5))
-    tables.save(table, tmp_path / "alone", "table1", "")
-    one, two = (pd.read_csv(folder / "tables" / "table1.csv") for folder in (tmp_path / "alone", out))
-    pd.testing.assert_frame_equal(one, two)
+    rows = files_module.read_rows(out / "rows" / "table1.jsonl")
+    assert len(rows) == 9 and {row["processes"] for row in rows} == {2}
+    table = tables.table1(run(fake, tmp_path / "alone", count=3))
+    pd.testing.assert_frame_equal(table, tables.table1(report.rows_of_run(out, "01_table1")[0]))
 
 
 def _one_rank(rank, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    run(ssd_repro.load(device="cpu"), folder, count=2, repeats=1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    _short(ssd_repro.load(device="cpu"), folder)
+    dist.destroy_process_group()
+
+
+def _short(voice, folder):
+    """Two words in each of two voices, not scored: models of metrics are slow to load, and tested elsewhere."""
+    said = [sentences.Utterance(str(i), "Good day.", name, i) for i, name in enumerate(voice.names[:2])]
+    systems = [System("speculative", 0.4, 3, scored=False)]
+    return run_module.run(voice, systems, said, folder, "table1", repeats=1)
 
 
 @pytest.mark.skipif(not (checkpoints.BUNDLED / "voice.json").exists(), reason="no bundled voice in this checkout")
 def test_two_processes_with_the_bundled_voice(tmp_path):
-    pytest.importorskip("resemblyzer", reason="the extra eval is not installed")
-    torch.multiprocessing.spawn(_one_rank, (tmp_path / "two",), nprocs=2)
+    two, one = tmp_path / "two", tmp_path / "one"
+    two.mkdir()
+    torch.multiprocessing.spawn(_one_rank, (two,), nprocs=2)
+    assert files(two) == {"table1.rank0.jsonl", "table1.rank1.jsonl"}
     voice = ssd_repro.load(device="cpu")
-    two = run(voice, tmp_path / "two", count=2, repeats=1)
-    one = run(voice, tmp_path / "one", count=2, repeats=1)
-    assert files(tmp_path / "two") == {"table1.jsonl"} and len(one) == 6
-    pd.testing.assert_frame_equal(one.drop(columns=TIMES), two.drop(columns=TIMES))
+    shared, alone = _short(voice, two), _short(voice, one)
+    assert files(two) == {"table1.jsonl"} and len(alone) == 2 and set(shared.processes) == {2}
+    pd.testing.assert_frame_equal(alone.drop(columns=TIMES), shared.drop(columns=TIMES))

@@ -21,10 +21,10 @@ GRIDS = {
     "00_listen": ("listen", [AUTOREGRESSIVE, System("draft"), System("speculative", 0.4, 3)]),
     "01_table1": ("table1", [AUTOREGRESSIVE, System("draft"), System("speculative", 0.4, 3)]),
     "02_tolerance": ("tolerance", [AUTOREGRESSIVE, *systems.grid([0.0, 0.4, 1.0])]),
-    "03_draft_length": ("draft_length", systems.grid((), [1, 3, 5], heard=False)),
+    "03_draft_length": ("draft_length", systems.grid((), [1, 3, 5], scored=False)),
     "04_stages": ("table1", [AUTOREGRESSIVE, System("speculative", 0.4, 3)]),
-    "05_acceptance": ("acceptance", systems.grid([0.0, 0.4, 1.0], [1, 3, 5], [0.7, 1.0], heard=False)),
-    "06_theory": ("theory", systems.grid([0.0, 0.4, 1.0], [1, 3, 5], heard=False)),
+    "05_acceptance": ("acceptance", systems.grid([0.0, 0.4, 1.0], [1, 3, 5], [0.7, 1.0], scored=False)),
+    "06_theory": ("theory", systems.grid([0.0, 0.4, 1.0], [1, 3, 5], scored=False)),
 }
 
 
@@ -173,6 +173,6 @@ def test_several_processes_make_the_rows_of_one(fake_environment, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = files.read_rows(tmp_path / "out" / "rows" / "draft_length.jsonl")
     assert len(rows) == len({row["key"] for row in rows}) == 3 * 5
-    assert {row["processes"] for row in rows} == {2} and not any(row["heard"] for row in rows)
+    assert {row["processes"] for row in rows} == {2} and not any(row["scored"] for row in rows)
     assert "in each of 2 processes" in (tmp_path / "out" / "tables" / "figure3.md").read_text()
     assert os.listdir(tmp_path / "out" / "figures") and ROOT.exists()

@@ -18,8 +18,9 @@ import pytest
 from made_rows import three_systems
 
 from ssd_repro import files
+from ssd_repro.decoding.result import DecodeResult, Round
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import figures, metrics, notebooks, provenance, report, systems, tables
+from ssd_repro.experiment import figures, machine, metrics, notebooks, provenance, report, systems, tables
 from ssd_repro.experiment import rows as rows_module
 from ssd_repro.experiment import run as run_module
 from ssd_repro.experiment.systems import System
@@ -66,25 +67,37 @@ def test_metrics_are_outside_of_the_timed_part(fake, tmp_path, monkeypatch):
     order = []
     decode, measure = fake.decode, fake_voice.fake_measure
     monkeypatch.setattr(fake, "decode", lambda *a, **k: order.append("decode") or decode(*a, **k))
-    monkeypatch.setattr(metrics.metrics, "measure", lambda *a: order.append("measure") or measure(*a))
+    monkeypatch.setattr(metrics, "measure", lambda *a: order.append("measure") or measure(*a))
     run(fake, tmp_path, count=2, repeats=2)
     assert order == ["decode"] * 3 + 2 * (["decode"] * 6 + ["measure"] * 3)
 
 
-@pytest.mark.parametrize("change", ["weights", "code", "repeats", "tolerance", "whisper"])
-def test_rows_of_other_settings_weights_or_code_are_not_used(fake, tmp_path, monkeypatch, change):
+@pytest.mark.parametrize("change", ["weights", "protocol", "machine", "repeats", "tolerance", "whisper"])
+def test_rows_of_other_settings_weights_machine_or_protocol_are_not_used(fake, tmp_path, monkeypatch, change):
     run(fake, tmp_path, count=1)
     fake.calls, other, systems = [], {}, SYSTEMS
     if change == "weights":
         fake.weights_id = "other"
-    elif change == "code":
-        monkeypatch.setattr(provenance, "code_revision", lambda: "other")
+    elif change == "protocol":
+        monkeypatch.setattr(provenance, "PROTOCOL", provenance.PROTOCOL + 1)
+    elif change == "machine":
+        monkeypatch.setattr(provenance, "machine_kind", lambda device: {"device": "cpu", "chip": "other"})
     elif change == "tolerance":
         systems = [System("speculative", 0.3, 3)]
     else:
         other = {change: 3 if change == "repeats" else "tiny"}
     rows = run_module.run(fake, systems, sentences.utterances(1, fake.names), tmp_path, "table1", **other)
     assert fake.calls and len(rows) == len(systems)
+
+
+def test_changed_sources_are_recorded_and_cost_no_row(fake, tmp_path, monkeypatch):
+    rows = run(fake, tmp_path, count=1)
+    first = provenance.write_provenance(tmp_path, "a", fake, "quick", {})
+    monkeypatch.setattr(provenance, "code_sha256", lambda: "other")
+    fake.calls = []
+    pd.testing.assert_frame_equal(run(fake, tmp_path, count=1), rows)
+    assert fake.calls == [] and first["protocol"] == provenance.PROTOCOL
+    assert provenance.write_provenance(tmp_path, "a", fake, "quick", {})["code"] == "other" != first["code"]
 
 
 def test_a_half_written_line_is_dropped_and_made_again(fake, tmp_path):
@@ -129,9 +142,9 @@ def test_killed_at_20_random_moments_no_row_is_lost_or_doubled(fake, tmp_path, m
     for name in ("undisturbed", "killed"):  # and from the rows the same tables and figures, byte for byte
         parameters = {"tolerance": 0.4, "draft_length": 3}
         about = provenance.write_provenance(tmp_path / name, "01_table1", fake, "quick", parameters, rows.key)
-        monkeypatch.setattr(tables, "source_line", lambda *_: "")  # it names the folder
+        monkeypatch.setattr(report, "source_line", lambda *_: "")  # it names the folder
         for exhibit in ("table1", "table1_quality", "table1_paper"):
-            report.show(exhibit, tables.rows_of_run(tmp_path / name, "01_table1")[0], tmp_path / name, about)
+            report.show(exhibit, report.rows_of_run(tmp_path / name, "01_table1")[0], tmp_path / name, about)
         paths = [p for kind in ("tables", "figures") for p in sorted((tmp_path / name / kind).iterdir())]
         made[name] = {path.name: path.read_bytes() for path in paths}
     assert made["undisturbed"] == made["killed"] and len(made["killed"]) == 8
@@ -149,18 +162,21 @@ def test_rows_of_another_grid_are_not_made_again(fake, tmp_path):
     assert len(files.read_rows(tmp_path / "rows" / "tolerance.jsonl")) == 3
     assert rows.base_tokens.equals(rows.groupby("text_id", sort=False).base_tokens.transform("first"))
     fake.calls = []  # another notebook: what needs no metrics uses rows that have them
-    run_module.run(fake, systems.grid([0.0, 0.4], [3], heard=False), said, tmp_path, "theory", repeats=1)
+    run_module.run(fake, systems.grid([0.0, 0.4], [3], scored=False), said, tmp_path, "theory", repeats=1)
     assert fake.calls == [] and lines(tmp_path).count(b"\n") == 9
 
 
-def test_unheard_rows_say_so_and_do_not_serve_where_metrics_are_asked_for(fake, tmp_path, monkeypatch):
+def test_unscored_rows_say_so_and_do_not_serve_where_metrics_are_asked_for(fake, tmp_path, monkeypatch):
     said = sentences.utterances(1, fake.names)
-    monkeypatch.setattr(metrics.metrics, "load", lambda *_: pytest.fail("a metric's model was loaded"))
-    rows = run_module.run(fake, systems.grid([0.4], heard=False), said, tmp_path, "a", repeats=1)
-    assert not rows.heard.any() and rows.words.isna().all() and rows.base_lm_seconds.notna().all()
-    monkeypatch.setattr(metrics.metrics, "load", lambda *_: None)
+    monkeypatch.setattr(metrics, "load", lambda *_: pytest.fail("a metric's model was loaded"))
+    monkeypatch.setattr(metrics, "models", lambda *_: pytest.fail("a metric's model was looked for"))
+    rows = run_module.run(fake, systems.grid([0.4], scored=False), said, tmp_path, "a", repeats=1)
+    assert not rows.scored.any() and rows.words.isna().all() and rows.base_lm_seconds.notna().all()
+    monkeypatch.setattr(metrics, "load", lambda *_: None)
+    monkeypatch.setattr(metrics, "models", lambda *_: {"whisper": "base 12"})
     again = run_module.run(fake, systems.grid([0.4]), said, tmp_path, "a", repeats=1)
-    assert again.heard.all() and again.words.notna().all() and again.token_ids.equals(rows.token_ids)
+    assert again.scored.all() and again.words.notna().all() and again.token_ids.equals(rows.token_ids)
+    assert set(again.whisper) == {"base 12"} and "whisper" not in rows
 
 
 def test_the_baseline_of_a_row_is_decoded_in_turn_with_it(fake, tmp_path):
@@ -171,13 +187,13 @@ def test_the_baseline_of_a_row_is_decoded_in_turn_with_it(fake, tmp_path):
 
 def test_one_setting_asked_for_twice_is_one_row(fake, tmp_path):
     grid = [
-        *systems.grid((), [3], heard=False),
+        *systems.grid((), [3], scored=False),
         *systems.grid([0.4]),
         System("speculative", 1),
         System("speculative", 1.0),
     ]
     rows = run_module.run(fake, grid, sentences.utterances(1, fake.names), tmp_path, "a", repeats=1)
-    assert list(rows.tolerance) == [0.4, 1.0] and rows.heard.all() and len(fake.calls) == 2 * 3
+    assert list(rows.tolerance) == [0.4, 1.0] and rows.scored.all() and len(fake.calls) == 2 * 3
 
 
 def test_the_voices_own_temperature_is_no_other_setting(fake, tmp_path):
@@ -188,15 +204,96 @@ def test_the_voices_own_temperature_is_no_other_setting(fake, tmp_path):
         run_module.run(fake, systems.grid((), (), [-1.0]), sentences.utterances(1, fake.names), tmp_path, "a")
 
 
-def test_what_tokens_carry_by_their_sound(fake):
+def test_kinds_of_tokens_by_their_sound(fake):
     take = fake.speak(TWO_PIECES)
     first, second = (len(sentence.tokens) for sentence in take.sentences)
     audio = take.audio.copy()
     audio[: 5 * 960] *= 0.001
     begin = (first + 1) * 960 + 4800  # the second sentence's second token, behind the pause
     audio[begin : begin + 960] *= 0.001
-    assert rows_module.carries(replace(take, audio=audio)) == "....." + "s" * (first - 4) + "." + "s" * (second - 2)
-    assert rows_module.carries(replace(take, audio=audio[:-1])) == ""  # not as long as its tokens
+    assert rows_module.token_kinds(replace(take, audio=audio)) == "....." + "s" * (first - 4) + "." + "s" * (second - 2)
+    assert rows_module.token_kinds(replace(take, audio=audio[:-1])) == ""  # not as long as its tokens
+
+
+class SometimesEmpty(fake_voice.FakeVoice):
+    """The texts of ``silent`` begin with a stop token; all of them under every method, or under one alone."""
+
+    silent, method = (), None
+
+    def speak(self, text, method="speculative", **settings):
+        self.stops = text in self.silent and self.method in (None, method)
+        return super().speak(text, method, **settings)
+
+    def decode(self, phones, *arguments, **settings):
+        result = super().decode(phones, *arguments, **settings)
+        stop = (Round(0, 0, 1, "sampled"),)
+        return DecodeResult((), True, stop, 1, 0, result.seconds) if self.stops else result
+
+
+@pytest.mark.parametrize("method", [None, "speculative", "autoregressive"])
+def test_an_empty_utterance_is_a_row_that_says_so(fake, tmp_path, monkeypatch, method):
+    """It ended every run with ZeroDivisionError: the seeds are fixed, so it always came again."""
+    scored = []
+    monkeypatch.setattr(metrics, "measure", lambda *a: scored.append(len(a[0])) or fake_voice.fake_measure(*a))
+    voice = SometimesEmpty()
+    voice.silent, voice.method = (sentences.utterances(1, voice.names)[0].text,), method
+    rows = run(voice, tmp_path, count=3, repeats=2)
+    first = rows[rows.text_id == rows.text_id[0]].set_index("method")
+    ended = list(first.index) if method is None else [method]
+    assert rows_module.count_empty(rows) == len(ended) == scored.count(0) and first["empty"].loc[ended].all()
+    assert rows_module.count_empty(rows.drop(columns="empty")) == 0  # rows of old
+    line = first.loc[ended[0]]
+    assert (line.tokens, line.audio_seconds, line.token_ids, line.pieces, line.token_kinds) == (0, 0.0, [], [0], "")
+    assert line.lm_seconds > 0 and line.synthesis_seconds > line.lm_seconds
+    assert (first.base_tokens == 0).all() == (method != "speculative")
+    assert list(tables.table1(rows).n) == [3, 3, 3]
+    voice.calls = []
+    assert len(run(voice, tmp_path, count=3, repeats=2)) == 9 and voice.calls == []
+
+
+def test_nothing_but_pauses_is_empty_too(tmp_path, monkeypatch):
+    """Two empty sentences leave the pause between them, in which Whisper may find words."""
+    voice, scored = SometimesEmpty(), []
+    voice.silent = (TWO_PIECES,)
+    monkeypatch.setattr(metrics, "load", lambda *_: None)
+    monkeypatch.setattr(metrics, "models", lambda *_: {})
+    monkeypatch.setattr(metrics, "measure", lambda *a: scored.append(len(a[0])) or fake_voice.fake_measure(*a))
+    said = [sentences.Utterance("a", TWO_PIECES, voice.names[0], 0)]
+    rows = run_module.run(voice, SYSTEMS[:1], said, tmp_path, "a", repeats=1)
+    assert rows.pieces[0] == [0, 0] and rows["empty"][0] and rows.audio_seconds[0] > 0 and scored == [0]
+
+
+def test_rows_say_how_busy_the_machine_was_with_other_work(fake, tmp_path, monkeypatch):
+    loads = iter([0.1, 0.9, None])
+    monkeypatch.setattr(run_module.LoadMeter, "other_load", lambda _: next(loads))
+    rows = run(fake, tmp_path, count=3)
+    assert rows.groupby("text_id", sort=False).other_load.first().tolist()[:2] == [0.1, 0.9]
+    assert rows_module.busy(rows) == pytest.approx(1 / 2)
+    assert rows_module.busy(rows[rows.other_load < 0.5]) == 0
+    assert rows_module.busy(rows.drop(columns="other_load")) is None is rows_module.busy(rows[rows.other_load.isna()])
+
+
+def _burn():
+    while True:
+        pass
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs the CPU times of every core")
+def test_other_work_is_what_processes_outside_of_the_run_do():
+    """A busy process is other work, unless it is a fellow of the run; one's own work is none."""
+    busy = multiprocessing.get_context("fork").Process(target=_burn)
+    busy.start()
+    try:
+        alone = machine.LoadMeter([os.getpid()])
+        together = machine.LoadMeter([os.getpid(), busy.pid])
+        until = time.process_time() + 0.4
+        while time.process_time() < until:
+            pass
+        other, fellows = alone.other_load(), together.other_load()
+    finally:
+        busy.kill()
+        busy.join()
+    assert other > 0.2 and other - fellows > 0.2
 
 
 def test_more_utterances_than_sentences_begin_anew_with_other_voices(fake):
@@ -206,9 +303,9 @@ def test_more_utterances_than_sentences_begin_anew_with_other_voices(fake):
 
 
 def test_a_second_run_into_the_same_folder_is_refused(fake, tmp_path):
-    with files.locked(tmp_path / "rows" / "table1.lock"):
-        with pytest.raises(InputError, match="another run is writing into"):
-            run(fake, tmp_path)
+    lock = tmp_path / "rows" / "table1.lock"
+    with files.locked(lock), pytest.raises(InputError, match="another run is writing into"):
+        run(fake, tmp_path)
     assert fake.calls == []
     run(fake, tmp_path, count=1)  # the lock is free again
 
@@ -245,17 +342,10 @@ def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path, size):
     assert path.read_bytes() == before
 
 
-def test_another_whisper_is_another_row(monkeypatch):
-    monkeypatch.delenv("SSD_REPRO_WHISPER", raising=False)
-    assert metrics.metrics.models()["whisper"] == "base"
-    monkeypatch.setenv("SSD_REPRO_WHISPER", "large-v3")
-    assert metrics.metrics.models()["whisper"] == "large-v3" == metrics.metrics.find_whisper()
-
-
 def test_provenance_tells_of_the_run_that_made_the_rows(fake, tmp_path, monkeypatch):
     rows = run(fake, tmp_path, count=1)
     first = provenance.write_provenance(tmp_path, "01_table1", fake, "quick", {"seed": 0}, rows.key)
-    monkeypatch.setattr(files, "git_state", lambda: {"commit": "later", "dirty": False})
+    monkeypatch.setattr(provenance, "git_state", lambda: {"commit": "later", "dirty": False})
     assert provenance.write_provenance(tmp_path, "01_table1", fake, "quick", {"seed": 0}, rows.key) == first
     other = provenance.write_provenance(tmp_path, "01_table1", fake, "quick", {"seed": 0}, rows.key[:2])
     assert other["commit"] == "later"
@@ -297,18 +387,14 @@ def test_settings_are_checked_before_any_work(fake, tmp_path):
             sentences.utterances(count, fake.names)
 
 
-def test_the_code_revision_covers_what_rows_depend_on(tmp_path, monkeypatch):
-    folder = tmp_path / "ssd_repro"
-    folder.mkdir()
-    for name in ("decoding", "cli"):
-        (folder / f"{name}.py").write_text("a = 1\n")
-    monkeypatch.setattr(provenance, "__file__", str(folder / "experiment" / "provenance.py"))
-    revision = provenance.code_revision.__wrapped__
-    first = revision()
-    (folder / "cli.py").write_text("a = 2\n")
-    assert revision() == first
-    (folder / "decoding.py").write_text("a = 2\n")
-    assert revision() != first
+def test_the_hash_of_the_sources_covers_every_folder_and_name(tmp_path):
+    seen = set()
+    for name, text in [("a.py", "1"), ("b/a.py", "1"), ("b/a.py", "2")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen.add(provenance.code_sha256(tmp_path))
+    (tmp_path / "a.py").rename(tmp_path / "c.py")
+    assert len(seen | {provenance.code_sha256(tmp_path)}) == 4
 
 
 def test_provenance_says_where_results_come_from(fake, tmp_path):
@@ -320,7 +406,7 @@ def test_provenance_says_where_results_come_from(fake, tmp_path):
     entry = about["01_table1"]
     assert entry["weights"] == "fake" and entry["keys"] == list(rows.key) and entry["parameters"] == {"seed": 0}
     assert {"date", "commit", "dirty", "code", "device", "chip", "threads", "versions", "python"} <= set(entry)
-    chosen, _ = tables.rows_of_run(tmp_path, "01_table1")
+    chosen, _ = report.rows_of_run(tmp_path, "01_table1")
     assert list(chosen.key) == list(rows.key)
 
 
@@ -328,7 +414,7 @@ def test_evaluation_sentences_are_apart_from_the_training_text():
     known = sentences.evaluation_sentences()
     assert len(known) == len({text for _, text in known}) == 200
     assert len({name.split("-")[0] for name, _ in known}) > 30
-    assert all(7 <= len(text.split()) and len(text) <= 150 and '"' not in text for _, text in known)
+    assert all(len(text.split()) >= 7 and len(text) <= 150 and '"' not in text for _, text in known)
     taught = {phrase for row in corpus.manifest() for phrase in phrases(row["text"])}
     assert len(taught) > 10_000
     shared = {text for _, text in known if taught & set(phrases(text))}
@@ -350,7 +436,7 @@ def test_table1_by_hand():
     assert line["WER %"] == pytest.approx(15) and line["CER %"] == pytest.approx(3)
     assert line["LM-RTF"] == pytest.approx(0.375)
     assert line["RTF"] == pytest.approx(0.5) and line["acceptance"] == pytest.approx(0.75)
-    for name in ("speed-up", "speed-up_low", "speed-up_high", "speed-up a token"):
+    for name in ("speed-up", "speed-up_low", "speed-up_high", "speed-up per token"):
         assert line[name] == pytest.approx(2 / 1.5)
     assert line["RTF speed-up"] == pytest.approx(2.5 / 2)
     assert 0 <= line["WER_low"] < 15 < line["WER_high"] <= 30
@@ -377,7 +463,7 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
 def test_timeline_accounts_for_every_token(fake):
     take = fake.speak(TWO_PIECES)
     assert len(take.sentences) == 2
-    row = rows_module.measured([take])
+    row = rows_module.decoding_fields([take])
     events = figures.timeline_events(row)
     spoken = events[events.kind.isin(["sampled", "accepted", "bonus", "resampled"])]
     assert len(spoken) == len(take.token_ids) and spoken.seconds.is_unique
@@ -388,7 +474,7 @@ def test_timeline_accounts_for_every_token(fake):
     assert spoken.kind.value_counts().to_dict() == origins.value_counts().to_dict()
     resampled = set(events.seconds[events.kind == "resampled"])
     assert resampled == set(events.seconds[events.kind == "rejected"])
-    alone = figures.timeline_events(rows_module.measured([fake.speak("One sentence.", "autoregressive")]))
+    alone = figures.timeline_events(rows_module.decoding_fields([fake.speak("One sentence.", "autoregressive")]))
     assert set(alone.kind) == {"sampled"}
 
 

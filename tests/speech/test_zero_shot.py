@@ -180,7 +180,7 @@ def test_the_tokens_front_end_is_not_measured(released, tmp_path):
     rows = run_module.run(voice, systems, voice.utterances(2), tmp_path, "table1", repeats=1)
     assert (rows.front_end == "tokens").all() and rows.p808.isna().all() and rows.word_errors.isna().all()
     assert (rows.audio_seconds == rows.tokens / 25).all() and (rows.lm_seconds > 0).all()
-    assert (rows.carries == "").all()
+    assert (rows.token_kinds == "").all()
 
 
 def test_what_is_missing_is_said(released, monkeypatch):
