@@ -18,7 +18,6 @@ from ..files import source_tree, write_text
 from . import acceptance, figures, statistics, tables
 from .rows import SILENCE_DB, busy, count_empty, rows_of_folder, to_frame
 
-
 INTERVALS = "[low, high]: 95 % bootstrap intervals over utterances."
 SPEED = (
     "Speed-up: LM-RTF of the autoregressive target, decoded in turn with the system, over the system's; per token: "
@@ -58,7 +57,8 @@ def findings(rows: pd.DataFrame) -> str:
             f"{_range(found.costs)}; measured: {_range(found.measured)}."
         ]
     if {"chip", "device", "precision"} <= set(rows):
-        said.append(f"Timed on {_names(rows.chip + ' (' + rows.device + ', ' + rows.precision + ')')}.")
+        machines = (rows.chip + " (" + rows.device + ", " + rows.precision + ")").unique()
+        said.append(f"Timed on {' and '.join(machines)}.")
     scored = rows[rows.words.notna()]
     if len(scored) and {"whisper", "speaker"} <= set(rows):
         said.append(f"WER by Whisper {_names(scored.whisper)}, SS by {_names(scored.speaker)}.")
@@ -87,9 +87,9 @@ def timeline(rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's Figure 2 of the one SSD row: every token, its place and what became of it."""
     row = tables.of_method(rows, "speculative").iloc[0]
     events = figures.timeline_events(row).set_index("seconds")
-    (setting,) = tables.ssd_settings(rows)
-    speed = f"acceptance rate {row.acceptance_rate:.2f}, {row.tokens_per_target_call:.2f} tokens per target call"
-    events.attrs["title"] = f"{setting}: {speed}"
+    rate, per_call = (tables.number(row[name], 2) for name in ("acceptance_rate", "tokens_per_target_call"))
+    setting = f"SSD, beta {row.tolerance:g}, L_d {row.draft_length:g}"
+    events.attrs["title"] = f"{setting}: acceptance rate {rate}, {per_call} tokens per target call"
     return events
 
 
@@ -122,13 +122,13 @@ def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **setti
 
 
 _ACCEPTANCE = {"shape": (2, 4), "size": (12, 5.6), "readable": tables.readable_acceptance, "at_setting": True}
-_ACCEPTED = [tables.accepted, tables.tokens_per_call, tables.speedup]
+_ACCEPTED = ["accepted / drafted tokens", "tokens per target call", tables.SPEEDUP]
 _WER = {"WER %": "WER, points"}
 _QUALITY = {**_WER, "NMOS": "P808 (NMOS)", "SS": "SS"}
 EXHIBITS = {
     "timeline": Exhibit("00_listen", timeline, TIMELINE, figures.timeline, size=(10, 3), readable=_counted),
     "phases": Exhibit("00_listen", tables.stages, STAGES, figures.stages, size=(10, 2.6)),
-    "listen_paper": _and_paper("00_listen", tables.ssd_and_paper, quantities=[tables.speedup, tables.accepted]),
+    "listen_paper": _and_paper("00_listen", tables.ssd_and_paper, names=[tables.SPEEDUP, _ACCEPTED[0]]),
     "table1": Exhibit("01_table1", tables.table1, TABLE, figures.table1, (1, 2)),
     "table1_quality": Exhibit("01_table1", tables.quality, QUALITY, readable=tables.readable_quality),
     "table1_paper": _and_paper("01_table1", tables.quality_and_paper, columns=_QUALITY),
@@ -140,9 +140,9 @@ EXHIBITS = {
     "figure1b": Exhibit("04_stages", tables.stages, STAGES, figures.stages, size=(10, 2.6)),
     "figure1b_paper": _and_paper("04_stages", tables.stages_and_paper),
     "acceptance": Exhibit("05_acceptance", acceptance.acceptance, ACCEPTANCE, figures.acceptance, **_ACCEPTANCE),
-    "acceptance_paper": _and_paper("05_acceptance", tables.ssd_and_paper, True, quantities=_ACCEPTED),
+    "acceptance_paper": _and_paper("05_acceptance", tables.ssd_and_paper, True, names=_ACCEPTED),
     "theory": Exhibit("06_theory", tables.measured_and_predicted, THEORY, figures.theory, size=(8, 5)),
-    "theory_paper": _and_paper("06_theory", tables.ssd_and_paper, quantities=[tables.speedup_per_token]),
+    "theory_paper": _and_paper("06_theory", tables.ssd_and_paper, names=["speed-up per token"]),
 }
 
 

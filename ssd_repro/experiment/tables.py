@@ -20,6 +20,7 @@ from .statistics import bootstrap, corpus_speedup, paired, ratio_of_sums
 NAMES = {"autoregressive": "Autoregressive", "draft": "Draft", "speculative": "SSD"}
 PHASES = ("text", *LM_PHASES, "codec")  # of a row's seconds, in the order of work
 MEANS = {"NMOS": "p808", "OVRL": "ovrl", "SIG": "sig", "BAK": "bak", "SS": "similarity"}  # column -> of the rows
+SPEEDUP = "speed-up of the LM"
 DIGITS = {"n": 0, "L_d": 0, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
 
 
@@ -66,6 +67,14 @@ def ratio(a: pd.Series, b: pd.Series) -> float:
     return ratio_of_sums(a, b) if b.sum() else np.nan
 
 
+def speedup(name: str, rows: pd.DataFrame, seconds: str, size: str) -> dict[str, float]:
+    """``corpus_speedup`` of the column ``seconds`` per ``size``, if there is any of it."""
+    rows = rows if rows[size].sum() else rows.iloc[:0]
+    return estimate(
+        name, corpus_speedup, *(rows[f"{of}{column}"] for of in ("base_", "") for column in (seconds, size))
+    )
+
+
 def quality_columns(rows: pd.DataFrame) -> dict[str, float]:
     """WER with its interval, CER, NMOS, OVRL, SIG, BAK, SS of one system; NaN where nothing was scored."""
     rows = rows[rows.words.notna()]
@@ -76,16 +85,14 @@ def quality_columns(rows: pd.DataFrame) -> dict[str, float]:
 
 def speed_columns(rows: pd.DataFrame) -> dict[str, float]:
     """LM-RTF, RTF and speed-ups of one system over the baseline that was decoded in turn with it."""
-    lm = rows.base_lm_seconds, rows.base_audio_seconds, rows.lm_seconds, rows.audio_seconds
-    whole = rows.base_synthesis_seconds, rows.base_audio_seconds, rows.synthesis_seconds, rows.audio_seconds
     spoken = rows[(rows.tokens > 0) & (rows.base_tokens > 0)]
     per_token = (spoken.base_lm_seconds / spoken.base_tokens) / (spoken.lm_seconds / spoken.tokens)
     return {
         "LM-RTF": ratio(rows.lm_seconds, rows.audio_seconds),
         "RTF": ratio(rows.synthesis_seconds, rows.audio_seconds),
-        **estimate("speed-up", corpus_speedup, *lm),
+        **speedup("speed-up", rows, "lm_seconds", "audio_seconds"),
         **estimate("speed-up per token", lambda each: np.median(each, axis=-1), per_token),
-        **estimate("RTF speed-up", corpus_speedup, *whole),
+        **speedup("RTF speed-up", rows, "synthesis_seconds", "audio_seconds"),
         "acceptance": ratio(rows.accepted, rows.drafted),
         "tokens per target call": pd.to_numeric(rows.tokens_per_target_call).mean(),
         "n": len(rows),
@@ -179,33 +186,24 @@ def _comparison(quantities) -> pd.DataFrame:
     return pd.DataFrame(quantities).set_index("quantity")
 
 
-def speedup(label: str, ours: pd.DataFrame) -> dict[str, str]:
-    values = list(speed_columns(ours).values())[2:5]
-    return _quantity(f"{label}: speed-up of the LM", paper.of_setting(ours).get("speed-up", np.nan), *values)
+QUANTITIES = {  # name -> value and bounds, as ``estimate`` gives them, from the rows of one SSD setting
+    SPEEDUP: lambda ours: speedup("", ours, "lm_seconds", "audio_seconds"),
+    "speed-up per token": lambda ours: speedup("", ours, "lm_seconds", "tokens"),
+    "accepted / drafted tokens": lambda ours: estimate("", ratio_of_sums, ours.accepted, ours.drafted),
+    "tokens per target call": lambda ours: {"": speed_columns(ours)["tokens per target call"]},
+}
 
 
-def speedup_per_token(label: str, ours: pd.DataFrame) -> dict[str, str]:
-    columns = ours.base_lm_seconds, ours.base_tokens, ours.lm_seconds, ours.tokens
-    values = estimate("", corpus_speedup, *columns).values()
-    return _quantity(f"{label}: speed-up per token", paper.of_setting(ours).get("speed-up", np.nan), *values)
+def _compared(label: str, ours: pd.DataFrame, name: str) -> dict[str, str]:
+    theirs = paper.of_setting(ours).get("speed-up", np.nan) if name.startswith("speed-up") else "not given"
+    return _quantity(f"{label}: {name}", theirs, *QUANTITIES[name](ours).values())
 
 
-def accepted(label: str, ours: pd.DataFrame) -> dict[str, str]:
-    values = estimate("", ratio_of_sums, ours.accepted, ours.drafted).values()
-    return _quantity(f"{label}: accepted / drafted tokens", "not given", *values)
-
-
-def tokens_per_call(label: str, ours: pd.DataFrame) -> dict[str, str]:
-    name = "tokens per target call"
-    return _quantity(f"{label}: {name}", "not given", speed_columns(ours)[name])
-
-
-def ssd_and_paper(rows: pd.DataFrame, quantities, tolerance=None, draft_length=None) -> pd.DataFrame:
-    """``quantities`` of every SSD setting, or of that one."""
+def ssd_and_paper(rows: pd.DataFrame, names, tolerance=None, draft_length=None) -> pd.DataFrame:
+    """The QUANTITIES ``names`` of every SSD setting, or of that one."""
     if tolerance is not None:
         rows = rows[(rows.tolerance == tolerance) & (rows.draft_length == draft_length)]
-    systems = ssd_settings(rows).items()
-    return _comparison(quantity(label, ours) for label, ours in systems for quantity in quantities)
+    return _comparison(_compared(label, ours, name) for label, ours in ssd_settings(rows).items() for name in names)
 
 
 def quality_and_paper(rows: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
@@ -213,7 +211,7 @@ def quality_and_paper(rows: pd.DataFrame, columns: dict[str, str]) -> pd.DataFra
     base, found = of_method(rows, "autoregressive"), []
     measures = {measure.name: measure for measure in statistics.MEASURES}
     for label, ours in by_system(rows).items():
-        found.append(speedup(label, ours))
+        found.append(_compared(label, ours, SPEEDUP))
         for column, name in columns.items():
             there = paper.of_setting(ours).get(column, np.nan) - paper.NUMBERS[column]["autoregressive"]
             here = statistics.difference(ours, base, measures[name])
@@ -224,7 +222,7 @@ def quality_and_paper(rows: pd.DataFrame, columns: dict[str, str]) -> pd.DataFra
 
 def figure3_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
     best = _quantity("L_d of the highest speed-up", paper.LENGTH, figure3(rows)["speed-up"].idxmax(), places=0)
-    return pd.concat([_comparison([best]), ssd_and_paper(rows, [speedup])])
+    return pd.concat([_comparison([best]), ssd_and_paper(rows, [SPEEDUP])])
 
 
 def stages_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
