@@ -211,10 +211,11 @@ def quality_and_paper(rows: pd.DataFrame, columns: dict[str, str]) -> pd.DataFra
     base, found = of_method(rows, "autoregressive"), []
     measures = {measure.name: measure for measure in statistics.MEASURES}
     for label, ours in by_system(rows).items():
+        ours, _ = paired(ours, base)
         found.append(_compared(label, ours, SPEEDUP))
         for column, name in columns.items():
             there = paper.of_setting(ours).get(column, np.nan) - paper.NUMBERS[column]["autoregressive"]
-            here = statistics.difference(ours, base, measures[name])
+            here = statistics.difference(ours.reset_index(), base, measures[name])
             values = here["difference"], here["low"], here["high"]
             found.append(_quantity(f"{label} - autoregressive: {name}", there, *values, digits(column)))
     return _comparison(found)
