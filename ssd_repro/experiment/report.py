@@ -56,11 +56,9 @@ def findings(rows: pd.DataFrame) -> str:
             f"costs {draft}, a verification {verify} target steps. These predict a speed-up per token of "
             f"{_range(found.costs)}; measured: {_range(found.measured)}."
         ]
-    if {"chip", "device", "precision"} <= set(rows):
-        machines = (rows.chip + " (" + rows.device + ", " + rows.precision + ")").unique()
-        said.append(f"Timed on {' and '.join(machines)}.")
-    scored = rows[rows.words.notna()]
-    if len(scored) and {"whisper", "speaker"} <= set(rows):
+    machines = (rows.chip + " (" + rows.device + ", " + rows.precision + ")").unique()
+    said.append(f"Timed on {' and '.join(machines)}.")
+    if len(scored := rows[rows.words.notna()]):
         said.append(f"WER by Whisper {_names(scored.whisper)}, SS by {_names(scored.speaker)}.")
     return " ".join(said)
 

@@ -112,12 +112,11 @@ def test_readme_has_the_numbers_of_the_committed_tables():
     assert report.CELL.sub(lambda found: report._cell(found, ROOT), text) == text
 
 
-HERE = {"device": "cpu", "chip": "AMD EPYC", "precision": "fp32", "whisper": "base", "speaker": "GE2E"}
-ELSEWHERE = {**HERE, "device": "cuda", "chip": "H100 w/ SXM", "precision": "bf16", "whisper": "models/large-v3"}
+ELSEWHERE = {"device": "cuda", "chip": "H100 w/ SXM", "precision": "bf16", "whisper": "models/large-v3"}
 
 
 def test_findings_say_what_the_rows_show_and_nothing_else():
-    here = geometric(0.7, 3, draft=0.01, verify=0.03, target=0.02, **HERE)
+    here = geometric(0.7, 3, draft=0.01, verify=0.03, target=0.02)
     elsewhere = geometric(0.9, 5, draft=0.002, verify=0.022, target=0.02, tolerance=0.2, **ELSEWHERE)
     alpha, predicted = (theory.predict(here, 3)[name] for name in ("alpha", "costs"))
     assert alpha == pytest.approx(0.7, abs=0.01)
@@ -132,7 +131,6 @@ def test_findings_say_what_the_rows_show_and_nothing_else():
     both = report.findings(pd.concat([here, elsewhere], ignore_index=True))
     assert both.startswith(f"SSD, beta 0.2 to 0.4, L_d 3 to 5: {alpha:.2f} to 0.90 of") and "base and large-v3" in both
     assert "Whisper" not in report.findings(here.assign(words=np.nan))  # nothing was scored
-    assert report.findings(here[[*geometric(0.7, 3)]].assign(words=np.nan)).endswith(f"measured: {predicted:.2f}.")
 
 
 def test_no_caption_explains_what_it_cannot_know():

@@ -99,7 +99,7 @@ def test_empty_utterances_are_counted_and_nothing_divides_by_them(tmp_path):
         exhibit = report.EXHIBITS[name]
         text = tables.markdown(exhibit.readable(exhibit.table(none)))
         assert "–" in text and "nan" not in text and "inf" not in text, name
-    assert report.findings(none) == ""
+    assert report.findings(none).startswith("Timed on")  # no sentence of what is not known
 
 
 def test_pairs_are_by_utterance_and_not_by_order():
