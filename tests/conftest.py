@@ -12,6 +12,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 
 
+def as_rank(monkeypatch, rank, world):
+    """As if this process were one of a torch.distributed group, whose fellows never keep it waiting."""
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own] * world))
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A FakeVoice that also ``ssd_repro.load`` gives, and metrics without models."""

@@ -59,11 +59,13 @@ def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: flo
     return float(low), float(high)
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # empty utterances alone have no ratio
 def ratio_of_sums(a, b):
     """Corpus ratio sum a / sum b over the last axis: WER, LM-RTF, acceptance."""
     return np.asarray(a).sum(-1) / np.asarray(b).sum(-1)
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def corpus_speedup(base_seconds, base_size, seconds, size):
     """Seconds per unit (second of audio, token) of the baseline over the system's, each over all utterances."""
     return ratio_of_sums(base_seconds, base_size) / ratio_of_sums(seconds, size)
@@ -98,20 +100,30 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> di
     Utterances that lack the measure in either (no sound to judge) are left out of n.
     """
     names = [measure.top] + ([measure.bottom] if measure.bottom else [])
-    ours, theirs = paired(ours, theirs)
-    columns = [pd.to_numeric(rows[name]).to_numpy(float) for rows in (ours, theirs) for name in names]
+    columns = [pd.to_numeric(rows[name]).to_numpy(float) for rows in paired(ours, theirs) for name in names]
     known = ~np.isnan(columns).any(0)
-    columns, n = [column[known] for column in columns], int(known.sum())
-    if n == 0:
-        return _line(np.nan, (np.nan, np.nan), measure.margin, NOT_SCORED, 0)
 
     def statistic(*c):
         if measure.bottom:
             return 100 * (ratio_of_sums(c[0], c[1]) - ratio_of_sums(c[2], c[3]))
         return np.mean(c[0] - c[1], -1)
 
-    inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
-    return _line(float(statistic(*columns)), outer, measure.margin, verdict(inner, outer, measure.margin, n), n)
+    return _compared(statistic, [column[known] for column in columns], measure.margin)
+
+
+def length_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
+    """Seconds of audio over the baseline's, all utterances together; different if the interval leaves 1 out."""
+    return _compared(ratio_of_sums, [rows.audio_seconds for rows in paired(ours, theirs)], None, same=1.0)
+
+
+def _compared(statistic, columns: list, margin: float | None, same: float = 0.0) -> dict:
+    """``statistic(*columns)`` with its 95 % interval, and the verdict; ``same``: its value if nothing differs."""
+    n, value, outer, shown = len(columns[0]), np.nan, (np.nan, np.nan), NOT_SCORED
+    if n:
+        value = float(statistic(*columns))
+        inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
+        shown = verdict(*((low - same, high - same) for low, high in (inner, outer)), margin, n)
+    return {"difference": value, "low": outer[0], "high": outer[1], "margin": margin, "verdict": shown, "n": n}
 
 
 def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFrame:
@@ -121,17 +133,3 @@ def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFram
         lines += [{"system": name, "measure": m.name, **difference(rows, base, m)} for m in MEASURES]
         lines.append({"system": name, "measure": "length ratio", **length_ratio(rows, base)})
     return pd.DataFrame(lines).set_index("system")
-
-
-def length_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
-    """Seconds of audio over the baseline's, all utterances together; different if the interval leaves 1 out."""
-    ours, theirs = paired(ours, theirs)
-    columns = ours.audio_seconds, theirs.audio_seconds
-    inner, outer = (bootstrap(ratio_of_sums, *columns, level=level) for level in (0.90, 0.95))
-    shifted = [(low - 1, high - 1) for low, high in (inner, outer)]
-    return _line(float(ratio_of_sums(*columns)), outer, None, verdict(*shifted, None, len(ours)), len(ours))
-
-
-def _line(difference: float, interval: tuple[float, float], margin: float | None, shown: str, n: int) -> dict:
-    low, high = interval
-    return {"difference": difference, "low": low, "high": high, "margin": margin, "verdict": shown, "n": n}

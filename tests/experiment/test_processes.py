@@ -2,19 +2,19 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
+from datetime import timedelta
 
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import as_rank
 
 import ssd_repro
 from ssd_repro import files as files_module
 from ssd_repro import processes
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import machine, metrics, report, tables
+from ssd_repro.experiment import machine, metrics
 from ssd_repro.experiment import rows as rows_module
 from ssd_repro.experiment import run as run_module
 from ssd_repro.experiment.systems import System
@@ -31,15 +31,6 @@ TIMES = [
 def run(voice, folder, count=7, **other):
     said = sentences.utterances(count, voice.names)
     return run_module.run(voice, SYSTEMS, said, folder, "table1", **other)
-
-
-def as_rank(monkeypatch, rank, world):
-    """As if this process were one of a torch.distributed group, whose fellows never keep it waiting."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
-    monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(dist, "barrier", lambda: None)
-    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own] * world))
 
 
 def test_only_an_initialised_group_makes_several_processes(fake, tmp_path, monkeypatch):
@@ -177,23 +168,16 @@ def test_no_process_measures_while_another_is_timed(fake, tmp_path, monkeypatch)
         assert short == expected
 
 
-def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command = [*launch, "-m", "ssd_repro", "run", "--out", "out", "--only", "01", "-p", "sentences", "3"]
-    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "out"
-    assert files(out) == {"table1.jsonl"} and {p.name for p in out.glob("*.ipynb")} == {"01_table1.ipynb"}
-    rows = files_module.read_rows(out / "rows" / "table1.jsonl")
-    assert len(rows) == 9 and {row["processes"] for row in rows} == {2}
-    table = tables.table1(run(fake, tmp_path / "alone", count=3))
-    pd.testing.assert_frame_equal(table, tables.table1(report.rows_of_run(out, "01_table1")[0]))
-
-
-def _one_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    _short(ssd_repro.load(device="cpu"), folder)
+def _member(rank, folder, voice=None):
+    voice = voice or ssd_repro.load(device="cpu")
+    store, patience = f"file://{folder}/store", timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    _short(voice, folder)
     dist.destroy_process_group()
+
+
+def _second_member(_, folder):
+    _member(1, folder)
 
 
 def _short(voice, folder):
@@ -207,9 +191,11 @@ def _short(voice, folder):
 def test_two_processes_with_the_bundled_voice(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     two.mkdir()
-    torch.multiprocessing.spawn(_one_rank, (two,), nprocs=2)
-    assert files(two) == {"table1.rank0.jsonl", "table1.rank1.jsonl"}
+    second = torch.multiprocessing.spawn(_second_member, (two,), nprocs=1, join=False)
     voice = ssd_repro.load(device="cpu")
+    _member(0, two, voice)
+    second.join()
+    assert files(two) == {"table1.rank0.jsonl", "table1.rank1.jsonl"}
     shared, alone = _short(voice, two), _short(voice, one)
     assert files(two) == {"table1.jsonl"} and len(alone) == 2 and set(shared.processes) == {2}
     pd.testing.assert_frame_equal(alone.drop(columns=TIMES), shared.drop(columns=TIMES))

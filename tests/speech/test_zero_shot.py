@@ -15,7 +15,7 @@ import tiny_cosyvoice
 import tiny_onnx
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, as_rank
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
 import ssd_repro
@@ -197,15 +197,13 @@ def test_what_is_missing_is_said(released, monkeypatch):
 def test_tokenised_libritts_is_what_train_draft_reads(released, tmp_path, monkeypatch):
     out = tmp_path / "rows"
     monkeypatch.setattr(tokenise, "ROWS_AT_ONCE", 2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
+    for rank in (0, 1):
+        as_rank(monkeypatch, rank, 2)
         tokenise.tokenise(released / "weights", released / "data", out, log=lambda _: None)
     part = out / "part1.jsonl"
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])  # killed in the middle; goes on as one process
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    as_rank(monkeypatch, 0, 1)
     assert tokenise.tokenise(released / "weights", released / "data", out, log=lambda _: None) == 15
     rows = data.read_data(out, data.load_target(released / "weights"))
     assert sorted(group[0].id for group in rows) == list(libritts.index(released / "data"))
