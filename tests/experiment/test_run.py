@@ -142,9 +142,9 @@ def test_killed_at_20_random_moments_no_row_is_lost_or_doubled(fake, tmp_path, m
     for name in ("undisturbed", "killed"):  # and from the rows the same tables and figures, byte for byte
         parameters = {"tolerance": 0.4, "draft_length": 3}
         about = provenance.write_provenance(tmp_path / name, "01_table1", fake, "quick", parameters, rows.key)
-        monkeypatch.setattr(tables, "source_line", lambda *_: "")  # it names the folder
+        monkeypatch.setattr(report, "source_line", lambda *_: "")  # it names the folder
         for exhibit in ("table1", "table1_quality", "table1_paper"):
-            report.show(exhibit, tables.rows_of_run(tmp_path / name, "01_table1")[0], tmp_path / name, about)
+            report.show(exhibit, report.rows_of_run(tmp_path / name, "01_table1")[0], tmp_path / name, about)
         paths = [p for kind in ("tables", "figures") for p in sorted((tmp_path / name / kind).iterdir())]
         made[name] = {path.name: path.read_bytes() for path in paths}
     assert made["undisturbed"] == made["killed"] and len(made["killed"]) == 8
@@ -406,7 +406,7 @@ def test_provenance_says_where_results_come_from(fake, tmp_path):
     entry = about["01_table1"]
     assert entry["weights"] == "fake" and entry["keys"] == list(rows.key) and entry["parameters"] == {"seed": 0}
     assert {"date", "commit", "dirty", "code", "device", "chip", "threads", "versions", "python"} <= set(entry)
-    chosen, _ = tables.rows_of_run(tmp_path, "01_table1")
+    chosen, _ = report.rows_of_run(tmp_path, "01_table1")
     assert list(chosen.key) == list(rows.key)
 
 
@@ -436,7 +436,7 @@ def test_table1_by_hand():
     assert line["WER %"] == pytest.approx(15) and line["CER %"] == pytest.approx(3)
     assert line["LM-RTF"] == pytest.approx(0.375)
     assert line["RTF"] == pytest.approx(0.5) and line["acceptance"] == pytest.approx(0.75)
-    for name in ("speed-up", "speed-up_low", "speed-up_high", "speed-up a token"):
+    for name in ("speed-up", "speed-up_low", "speed-up_high", "speed-up per token"):
         assert line[name] == pytest.approx(2 / 1.5)
     assert line["RTF speed-up"] == pytest.approx(2.5 / 2)
     assert 0 <= line["WER_low"] < 15 < line["WER_high"] <= 30
