@@ -61,6 +61,8 @@ def parser() -> Parser:
     speak.add("--voice", "af_heart", "who speaks")
     speak.add("--seed", 0, "of the sampling, at least 0")
     speak.add("--device", "auto", "auto, cpu or cuda")
+    speak.add("--runtime", "auto", "auto, eager, graphs or openvino")
+    speak.add("--precision", "fp32", "fp32, bf16 or, with openvino, int8")
     speak.add("--threads", None, "of the CPU; without it what is best for the voice", int)
     speak.add("--weights", None, "another voice folder than the bundled one", Path)
     speak.add("--out", None, "the WAV file to write; without it nothing is written", Path)
@@ -158,9 +160,10 @@ def run_speak(options) -> int:
     check_text(options.text)
     if options.out:
         check_output(options.out)
+    machine = ("device", "runtime", "precision", "threads")
     settings = {name: getattr(options, name) for name in ("method", "voice", "tolerance", "draft_length", "seed")}
     with redirect_stdout(sys.stderr):  # whatever a library prints
-        voice = load(options.weights, device=options.device, threads=options.threads)
+        voice = load(options.weights, **{name: getattr(options, name) for name in machine})
         take = voice.speak(options.text, **settings)
         written = options.out and str(take.save(options.out))
     print(json.dumps({**take.summary(), "out": written}) if options.json else _described(take, written))

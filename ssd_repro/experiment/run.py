@@ -115,7 +115,7 @@ def _context(voice, repeats: int) -> dict:
     return {
         **row_context(voice.device),
         "precision": voice.precision,
-        "compile": voice.compile,
+        "runtime": voice.runtime,
         "front_end": voice.front_end,
         "weights": voice.weights_id,
         "sampler": asdict(voice.sampler),

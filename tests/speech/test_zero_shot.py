@@ -299,7 +299,7 @@ def test_the_profile_paper_runs_end_to_end(released, tmp_path):
     out = tmp_path / "out"
     rows = rows_module.to_frame(files.read_rows(out / "rows" / "table1.jsonl"))
     assert len(rows) == 6 and set(rows.method) == set(ssd_repro.METHODS) and rows.repeatable.all()
-    wanted = {"front_end": "upstream", "precision": "bf16", "compile": True, "repeats": 2}
+    wanted = {"front_end": "upstream", "precision": "bf16", "runtime": "graphs", "repeats": 2}
     assert all((rows[name] == value).all() for name, value in wanted.items())
     ssd = rows[rows.method == "speculative"]
     assert (ssd.tolerance == 0.4).all() and (ssd.draft_length == 3).all() and (ssd.drafted > 0).all()
