@@ -22,7 +22,7 @@ def test_auto_takes_the_fast_one_of_the_device():
 
 
 def test_without_openvino_auto_says_so_and_is_eager(no_openvino):
-    with pytest.warns(UserWarning, match="eager runtime takes its place"):
+    with pytest.warns(UserWarning, match="eager takes its place"):
         assert runtimes.choose_runtime("auto", "cpu") == "eager"
 
 
