@@ -28,7 +28,8 @@ def score(
     systems: name -> all that its audio depends on, whose ``weights`` speak among it. A row stays as long as
     that does: a new target leaves the teacher's and the codec's.
     """
-    shared = {**row_context(voice.device), **metrics.models(whisper), "references": key(voice.front.about["references"])}
+    references = key(voice.front.about["references"])
+    shared = {**row_context(voice.device), **metrics.models(whisper), "references": references}
     keys = []
     with locked_rows(folder, name) as path:
         drop_half_line(path)
@@ -38,12 +39,9 @@ def score(
                 settings = {**asdict(one), "system": system, **own, **shared}
                 keys.append(key(settings))
                 if keys[-1] not in known:
-                    known[keys[-1]] = row = {
-                        "key": keys[-1],
-                        **settings,
-                        **_scores(voice, render, one, system, whisper),
-                    }
+                    row = {"key": keys[-1], **settings, **_scores(voice, render, one, system, whisper)}
                     append_row(path, row)
+                    known[row["key"]] = row
     return pd.DataFrame([known[k] for k in keys])
 
 

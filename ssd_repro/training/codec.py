@@ -51,7 +51,7 @@ class Hint:
         # CTranslate2 sets torch's number of threads, too: to what it is.
         threads = torch.get_num_threads()
         self.model = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=threads)
-        self.sha256 = files.sha256(folder / "model.bin")
+        self.digest = files.file_digest(folder / "model.bin")
 
     def __call__(self, audio: np.ndarray, tokens: int) -> np.ndarray:
         import librosa
@@ -74,7 +74,7 @@ def featurise(audio: Path, row: dict[str, str], hint: Hint, folder: Path) -> Fea
     """
     import soundfile
 
-    made_by = f"{FEATURES_VERSION} {hint.sha256} {files.sha256(audio)}"
+    made_by = f"{FEATURES_VERSION} {hint.digest} {files.sha256(audio)}"
     path = folder / f"{row['id']}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.npz"
     if not path.exists():
         samples, rate = soundfile.read(audio, dtype="float32")

@@ -45,6 +45,13 @@ def kl_divergence(p: Tensor, batch: Batch, q: Callable[[], Tensor]) -> Tensor:
 LOSSES = {"ce": cross_entropy, "kl": kl_divergence}
 
 
+def loss_of(recipe: str, loss: str) -> str:
+    """``loss``, or if it is empty the recipe's own. InputError if there is no such recipe or loss."""
+    check_choice("recipe", recipe, RECIPES)
+    check_choice("loss", loss or RECIPES[recipe], LOSSES)
+    return loss or RECIPES[recipe]
+
+
 class DraftTask(Task):
     """The paper's draft on its target: bottom layers and head are trained, all else is frozen (``make_draft``)."""
 
@@ -103,10 +110,9 @@ def train_draft(
     ``out`` gets log.jsonl, checkpoint.pt while it runs, draft.safetensors and draft.json when it is
     done; the same call goes on from there. InputError if it holds another run.
     """
-    check_choice("recipe", recipe, RECIPES)
-    loss, out, accelerator = loss or RECIPES[recipe], Path(out), accelerator or processes()
-    check_choice("loss", loss, LOSSES)
+    loss, out, accelerator = loss_of(recipe, loss), Path(out), accelerator or processes()
     facts = {"recipe": recipe, "loss": loss, "target": checkpoints.weights_sha256(target.lm)}
+    facts["until"] = settings.until  # a draft that is done does not go on
     ours = identity(settings, facts, learned, dev)
 
     def finished() -> tuple[SpeechLM, list[dict]] | None:
@@ -125,7 +131,7 @@ def train_draft(
         about = {"identity": ours, "settings": asdict(settings), "processes": accelerator.num_processes}
         about |= {"rows": len(learned), "device": str(accelerator.device), "torch": torch.__version__}
         checkpoints.save_draft(out, task.draft, target.lm, {**about, **git_state(), "log": rows})
-        (out / "checkpoint.pt").unlink()
+        (out / "checkpoint.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return task.draft, rows
 
@@ -148,7 +154,7 @@ def train(
     held_out: rows, chosen by the seed, that are only evaluated on; longest: rows with more
     speech tokens are left out; samples: the on-policy recipe takes at most so many rows.
     """
-    check_choice("recipe", recipe, RECIPES)
+    loss = loss_of(recipe, loss)
     check_number("held_out", held_out, 0, 1_000_000, whole=True)
     check_number("longest", longest, 1, 1_000_000, whole=True)
     if samples is not None:

@@ -151,6 +151,12 @@ def test_killed_and_resumed_gives_the_same_weights(world, tmp_path):
     assert not (out / "checkpoint.pt").exists()
 
 
+def test_a_draft_that_was_stopped_early_is_not_taken_for_a_whole_one(world, tmp_path):
+    train(world, tmp_path, steps=4, until=2)
+    with pytest.raises(InputError, match="draft.json is of a run with until 2, now it is 0"):
+        train(world, tmp_path, steps=4)
+
+
 def test_accumulation_changes_nothing(world, tmp_path):
     train(world, tmp_path / "whole", steps=4)
     train(world, tmp_path / "parts", steps=4, accumulate=4)
@@ -269,7 +275,7 @@ def test_the_loss_is_the_mean_over_all_tokens_after_the_prompt(loss, tmp_path):
     norm = torch.stack([value.grad.norm() for value in draft.parameters() if value.requires_grad]).norm()
     settings = Settings(1, batch=3, accumulate=2, precision="fp32", learning_rate=1e-9)
     row = draft_module.train_draft(target, examples, examples, settings, tmp_path, loss=loss)[1][0]
-    assert row["loss"] == pytest.approx(float(total) / count, rel=1e-5)
+    assert row["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
     assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["dev_overlap"] == pytest.approx(overlap / count, rel=1e-5)
     assert row["dev_acceptance"] == pytest.approx(sampled / count, rel=1e-4)
@@ -412,6 +418,7 @@ def test_a_shard_that_was_cut(world, tmp_path):
     ("more", "sentence"),
     [
         ({"recipe": "magic"}, "recipe is 'magic'"),
+        ({"loss": "magic"}, "loss is 'magic'"),
         ({"batch": 99}, "batch is 99; it must be from 1 to 22"),
         ({"accumulate": 7}, "need at least 7"),
         ({"held-out": 14}, "held_out is 14"),
