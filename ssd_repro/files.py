@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import subprocess
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -40,18 +40,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside and rename: a reader sees the old file or the new one. InputError on a full disk."""
-    handle = None
+    """``replacing`` with ``content``."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path):
+    """Yield a new path beside ``path`` to write to, which takes its place at the end (its name ends in .part).
+
+    A reader sees the old file or the new one, never a half-written one; the mode follows the
+    umask. The folder is made if need be. InputError on a full disk or in a read-only folder.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as handle:
-            handle.write(content)
-        os.chmod(handle.name, 0o644)
-        os.replace(handle.name, path)
+        yield part
+        os.replace(part, path)
     except OSError as error:
-        if handle:
-            Path(handle.name).unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; what was there is kept") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; what was there is kept") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def append_row(path: Path, row: dict) -> None:
