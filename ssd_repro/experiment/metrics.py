@@ -34,8 +34,8 @@ WHISPER_HELP = (
 DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
 WAVLM_HELP = (
-    "give a WavLM with x-vector head, by the hub name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave "
-    "it empty for GE2E"
+    "give a WavLM with x-vector head, by the hub name microsoft/wavlm-base-plus-sv or as the folder of a copy, "
+    "or leave it empty for GE2E"
 )
 NUMBERS = ("word_errors", "words", "char_errors", "chars", "p808", "sig", "bak", "ovrl", "similarity")
 UNSCORED = {"transcript": None, **dict.fromkeys(NUMBERS, math.nan)}  # the scores of a row that is not scored

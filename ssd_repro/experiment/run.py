@@ -33,12 +33,12 @@ BLOCK = 4  # utterances that each of several processes decodes before they all m
 
 @dataclass(frozen=True)
 class Job:
-    """One utterance; the settings of its row under every system; the systems that lack it; those that decode, in turn."""
+    """One utterance; its row's settings under every system; the systems that lack that row; those that decode."""
 
     utterance: Utterance
     settings: dict[System, dict]
     missing: list[System]
-    order: list[System]
+    order: list[System]  # in which they take turns
 
 
 def run(

@@ -21,10 +21,10 @@ NOT_SHOWN, TOO_FEW, NOT_SCORED = "no difference shown", f"fewer than {LEAST} utt
 
 @dataclass(frozen=True)
 class Measure:
-    """A mean of ``top``, or, with ``bottom``, 100 x sum top / sum bottom over all utterances; compared by ours - theirs.
+    """A quality: a mean of ``top``, or, with ``bottom``, 100 x sum top / sum bottom over all utterances.
 
-    margin: differences smaller than this count as none; None: no equivalence is claimed. ratio: compared by
-    sum top of ours / of theirs.
+    margin: differences smaller than this count as none; None: no equivalence is claimed.
+    ratio: compared as sum top of ours / of theirs, not as ours - theirs.
     """
 
     name: str
@@ -117,7 +117,8 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> di
     if n:
         value = float(statistic(*columns))
         inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
-        shown = verdict(*(np.subtract(ends, measure.ratio) for ends in (inner, outer)), measure.margin, n)
+        same = float(measure.ratio)  # the value if nothing differs
+        shown = verdict(*(np.subtract(ends, same) for ends in (inner, outer)), measure.margin, n)
     return {"difference": value, "low": outer[0], "high": outer[1], "margin": measure.margin, "verdict": shown, "n": n}
 
 
