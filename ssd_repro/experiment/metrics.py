@@ -34,23 +34,20 @@ WHISPER_HELP = (
 DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
 WAVLM_HELP = (
-    "give a WavLM with x-vector head, by the hub name microsoft/wavlm-base-plus-sv or as the folder of a copy, "
-    "or leave it empty for GE2E"
+    "give a WavLM with x-vector head such as microsoft/wavlm-base-plus-sv, a hub name or a folder, or '' for GE2E"
 )
-NUMBERS = ("word_errors", "words", "char_errors", "chars", "p808", "sig", "bak", "ovrl", "similarity")
-UNSCORED = {"transcript": None, **dict.fromkeys(NUMBERS, math.nan)}  # the scores of a row that is not scored
+ERRORS, MOS = ("word_errors", "words", "char_errors", "chars"), ("p808", "sig", "bak", "ovrl")
+UNSCORED = {"transcript": None, **dict.fromkeys([*ERRORS, *MOS, "similarity"], math.nan)}  # of a row that is not scored
 
 
-def measure(
-    audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper: str = "", speaker: str = ""
-) -> dict:
+def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper="", speaker="") -> dict:
     """All metrics of one utterance; ``reference``: speech of the same voice at the same rate.
 
     Audio of length 0 has an empty transcript, all words wrong; its other scores are NaN.
     """
     transcript = transcribe(audio, rate, whisper)
-    scores = {"transcript": transcript, **text_errors(text, transcript), **dnsmos(audio, rate)}
-    return scores | {"similarity": speaker_similarity(audio, reference, rate, speaker)}
+    similarity = speaker_similarity(audio, reference, rate, speaker)
+    return {"transcript": transcript, **text_errors(text, transcript), **dnsmos(audio, rate), "similarity": similarity}
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
@@ -58,9 +55,9 @@ def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
 
     InputError names the model that is missing.
     """
-    device = "" if _whisper_device() == "cpu" else f", {_whisper_device()}"
+    name, device = _whisper_settings(whisper)
     return {
-        "whisper": (_whisper_name(whisper) or "base") + device,
+        "whisper": (name or "base") + ("" if device == "cpu" else f", {device}"),
         "whisper_sha256": file_digest(find_whisper(whisper) / "model.bin"),
         "speaker": speaker or "GE2E",
         "speaker_sha256": file_digest(_speaker_file(speaker)),
@@ -70,7 +67,7 @@ def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
 
 def load(whisper: str = "", speaker: str = "") -> None:
     """Load the models that ``measure`` will use; InputError names the one that is missing."""
-    _whisper(_whisper_name(whisper), _whisper_device())
+    _whisper(*_whisper_settings(whisper))
     if speaker:
         _wavlm(speaker)
 
@@ -95,21 +92,18 @@ def _loading(model: str, remedy: str):
 # Word errors
 
 
-def _whisper_name(model: str) -> str:
-    return model or os.environ.get(WHISPER_VARIABLE, "")
-
-
-def _whisper_device() -> str:
+def _whisper_settings(model: str) -> tuple[str, str]:
+    """(folder or hub name, "" for PyPI's; device), by ``model`` and the environment."""
     device = os.environ.get(WHISPER_DEVICE, "cpu")
     if device not in ("cpu", "cuda"):
         raise InputError(f"{WHISPER_DEVICE} is {device!r}; it must be cpu or cuda")
-    return device
+    return model or os.environ.get(WHISPER_VARIABLE, ""), device
 
 
 def find_whisper(model: str = "") -> Path:
     """The folder of a CTranslate2 Whisper: ``model`` (a folder or hub name), else $SSD_REPRO_WHISPER, else PyPI's."""
     _package("faster_whisper")
-    if model := _whisper_name(model):
+    if model := _whisper_settings(model)[0]:
         from faster_whisper.utils import download_model
 
         with _loading(f"the Whisper model {model!r}", WHISPER_HELP):
@@ -149,7 +143,7 @@ def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
     """Whisper's transcript. Temperature 0 only: its fallbacks sample, and would not repeat."""
     if not len(audio):
         return ""
-    segments, _ = _whisper(_whisper_name(whisper), _whisper_device()).transcribe(
+    segments, _ = _whisper(*_whisper_settings(whisper)).transcribe(
         resample(audio, rate, RATE),
         language="en",
         beam_size=5,
@@ -179,8 +173,7 @@ def text_errors(text: str, transcript: str) -> dict[str, int]:
     words, chars, clean = WordErrorRate(), CharErrorRate(), normaliser()
     for counter in (words, chars):
         counter.update([clean(transcript)], [clean(text)])
-    counts = (words.errors, words.total, chars.errors, chars.total)
-    return dict(zip(("word_errors", "words", "char_errors", "chars"), map(int, counts), strict=True))
+    return dict(zip(ERRORS, map(int, (words.errors, words.total, chars.errors, chars.total)), strict=True))
 
 
 # DNSMOS
@@ -192,9 +185,8 @@ def _dnsmos_files() -> list[Path]:
 
 def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
     """DNSMOS p808, sig, bak, ovrl of one utterance, 1 to 5; NaN without sound."""
-    names = ("p808", "sig", "bak", "ovrl")
     if not len(audio):
-        return dict.fromkeys(names, math.nan)
+        return dict.fromkeys(MOS, math.nan)
     import torch
     from torchmetrics.functional.audio.dnsmos import DNSMOS_DIR, deep_noise_suppression_mean_opinion_score
 
@@ -204,7 +196,7 @@ def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
             write_bytes(place, file.read_bytes())
     sound = torch.from_numpy(resample(audio, rate, RATE))
     scores = deep_noise_suppression_mean_opinion_score(sound, RATE, False, num_threads=torch.get_num_threads())
-    return dict(zip(names, scores.tolist(), strict=True))
+    return dict(zip(MOS, scores.tolist(), strict=True))
 
 
 # Speaker similarity
