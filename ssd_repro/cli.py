@@ -1,4 +1,7 @@
-"""The command ``ssd-repro``: speak, run, report, tokenise, train-draft. Bad input is one sentence on stderr and exit code 2."""
+"""The command ``ssd-repro``. Bad input is one sentence on stderr and exit code 2.
+
+A command imports what it needs when it runs: ``--help`` and usage errors come at once, without torch.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,40 @@ import sys
 import tempfile
 import warnings
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from .errors import InputError
-from .experiment import report as report_module
-from .experiment.notebooks import COMMITTED, run_notebooks
-from .experiment.provenance import results_folder
 from .files import locked, source_tree
-from .processes import _first_process
-from .speech.text import check_text
-from .training import draft, tokenise
+from .processes import is_first, launched_group
+
+REQUIRED = object()
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n" if _first_process() else "")
+        self.exit(2, f"{self.prog}: {message}\n" if is_first() else "")
+
+    def add(self, name: str, default, text: str, kind=None) -> None:
+        """An option of the default's type, or ``kind``; its help ends with its default."""
+        kind, required = kind or type(default), default is REQUIRED
+        text = text if required or default in (None, "") else f"{text}; default {default}"
+        metavar = {int: "N", float: "X", str: "NAME", Path: "PATH"}[kind]
+        default = None if required else default
+        self.add_argument(name, type=_parse[kind], default=default, required=required, metavar=metavar, help=text)
 
 
-def _number(convert, what: str):
+def _number(kind, wanted: str):
     def parse(text: str):
         try:
-            return convert(text)
+            return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
 
     return parse
+
+
+_parse = {int: _number(int, "a whole number"), float: _number(float, "a number"), str: str, Path: Path}
 
 
 def parser() -> Parser:
@@ -43,96 +55,85 @@ def parser() -> Parser:
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
-    speak.add_argument("--method", default="speculative", help="autoregressive, draft or speculative (default)")
-    speak.add_argument("--tolerance", type=_number(float, "a number from 0 to 1"), default=0.4, metavar="BETA",
-                       help="0 (lossless) to 1; default 0.4, the paper's")  # fmt: skip
-    speak.add_argument("--draft-length", type=_number(int, "a whole number from 1 to 64"), default=3, metavar="N",
-                       help="1 to 64; default 3, the paper's")  # fmt: skip
-    speak.add_argument("--voice", default="af_heart", metavar="NAME", help="default af_heart")
-    speak.add_argument("--seed", type=_number(int, "a whole number of at least 0"), default=0, metavar="N",
-                       help="default 0")  # fmt: skip
-    speak.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    speak.add_argument("--weights", metavar="FOLDER", help="another voice folder than the bundled one")
-    speak.add_argument(
-        "--out", type=Path, metavar="FILE.wav", help="where the sound goes; without it nothing is written"
-    )
+    speak.add("--method", "speculative", "autoregressive, draft or speculative")
+    speak.add("--tolerance", 0.4, "beta, from 0 (lossless) to 1")
+    speak.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
+    speak.add("--voice", "af_heart", "who speaks")
+    speak.add("--seed", 0, "of the sampling, at least 0")
+    speak.add("--device", "auto", "auto, cpu or cuda")
+    speak.add("--threads", None, "of the CPU; without it what is best for the voice", int)
+    speak.add("--weights", None, "another voice folder than the bundled one", Path)
+    speak.add("--out", None, "the WAV file to write; without it nothing is written", Path)
     speak.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     speak.set_defaults(function=run_speak)
 
-    run = commands.add_parser("run", help="execute the numbered notebooks into results/<profile>/")
-    run.add_argument("--profile", default="quick", metavar="NAME", help="a file of notebooks/profiles; default quick")
+    run = commands.add_parser("run", help="execute the notebooks into results/<profile>/")
+    run.add("--profile", "quick", "a file of notebooks/profiles, without .yaml")
     run.add_argument("--only", nargs="+", default=[], metavar="NUMBER", help="only these notebooks, such as 01")
-    run.add_argument("--out", type=Path, metavar="DIR", help="default results/<profile>")
-    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                     help="set a parameter of the notebooks, over the profile's")  # fmt: skip
-    run.add_argument("--processes", type=_number(int, "a whole number"), default=1, metavar="N",
-                     help="share the utterances among so many processes of this machine; default 1")  # fmt: skip
-    run.set_defaults(function=run_notebooks)
+    run.add("--out", "", "results folder; default results/<profile>")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    run.add("--processes", 1, "share the utterances among so many processes of this machine")
+    run.set_defaults(function=run_run)
+    run.format_help = lambda: _help_of_run(run)
 
-    report = commands.add_parser(
-        "report", help="all tables and figures of results/<profile>/ anew from its rows, and README's"
-    )
-    report.add_argument("--profile", default="quick", metavar="NAME", help="default quick")
-    report.add_argument("--out", type=Path, metavar="DIR", help="the results folder; default results/<profile>")
-    report.add_argument("--readme", type=Path, metavar="FILE", help="put the tables between its markers <!-- name -->; "
-                        f"default the checkout's README.md for the profile {COMMITTED}, else none")  # fmt: skip
+    report = commands.add_parser("report", help="make the tables and figures of results/<profile>/ from its rows again")
+    report.add("--profile", "quick", "names the results folder")
+    report.add("--out", "", "results folder; default results/<profile>")
+    report.add("--readme", None, "file to put the tables into; default README.md, for the profile that it shows", Path)
     report.set_defaults(function=run_report)
 
     tokens = commands.add_parser(
-        "tokenise", help="LibriTTS as the rows that train-draft learns from; alone, or launched"
+        "tokenise", help="LibriTTS as the rows that train-draft learns from; alone or launched"
     )
-    tokens.add_argument("--target", type=Path, required=True, metavar="DIR", help="a released CosyVoice 2 or 3")
-    tokens.add_argument("--data", required=True, metavar="DIR", help="LibriTTS, one subset or all of them")
-    tokens.add_argument("--out", type=Path, required=True, metavar="DIR", help="part0.jsonl, ...; a killed one goes on")
+    tokens.add("--target", REQUIRED, "a released CosyVoice 2 or 3", Path)
+    tokens.add("--data", REQUIRED, "LibriTTS, one subset or all of them", Path)
+    tokens.add("--out", REQUIRED, "folder for 00000.jsonl, ...; the same command goes on where a killed one was", Path)
     tokens.set_defaults(function=run_tokenise)
 
-    train = commands.add_parser(
-        "train-draft", help="train a draft for a target; alone, or under accelerate launch or torchrun"
-    )
-    train.add_argument("--target", type=Path, required=True, metavar="DIR", help="CosyVoice 2 or 3, or a voice folder")
-    train.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="rows of text and speech tokens, *.jsonl[.gz]"
-    )
-    train.add_argument("--out", type=Path, required=True, metavar="DIR",
-                       help="draft.json, draft.safetensors, log.jsonl; the same command goes on where a killed one was")  # fmt: skip
-    train.add_argument("--recipe", default="paper", metavar="paper|on-policy", help="learn from the data's speech (default), "
-                       "or from the target's own speech to the data's texts")  # fmt: skip
-    train.add_argument(
-        "--loss", default="", metavar="ce|kl", help="default ce for the paper's recipe, kl for on-policy"
-    )
-    train.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    train.add_argument("--precision", default="bf16", metavar="bf16|fp32", help="default bf16")
-    whole, some = _number(int, "a whole number"), _number(float, "a number")
-    for name, kind, default, text in (
-        ("steps", whole, 20_000, "optimiser steps"),
-        ("batch", whole, 64, "utterances a step, over all processes"),
-        ("accumulate", whole, 1, "parts that a process's share of the batch is cut into"),
-        ("learning-rate", some, 3e-4, "the highest, after the warm-up"),
-        ("warmup", whole, 200, "steps until then"),
-        ("weight-decay", some, 0.05, "AdamW's"),
-        ("seed", whole, 0, "decides batches, samples and what is held out"),
-        ("save-every", whole, 200, "steps between checkpoints"),
-        ("held-out", whole, 64, "rows that are only evaluated on"),
-        ("longest", whole, 1500, "speech tokens; longer rows are left out"),
-    ):
-        train.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default {default}")
-    train.add_argument("--samples", type=whole, metavar="N", help="rows that the on-policy recipe speaks; default all")
+    train = commands.add_parser("train-draft", help="train a draft for a target; alone or launched")
+    train.add("--target", REQUIRED, "CosyVoice 2 or 3, or a voice folder", Path)
+    train.add("--data", REQUIRED, "folder of rows of text and speech tokens, *.jsonl[.gz]", Path)
+    train.add("--out", REQUIRED, "folder for the draft; the same command goes on where a killed one was", Path)
+    train.add("--recipe", "paper", "paper: learn from the data's speech; on-policy: from the target's own")
+    train.add("--loss", "", "ce (default for the paper's recipe) or kl (for on-policy)")
+    train.add("--device", "auto", "auto, cpu or cuda")
+    train.add("--precision", "bf16", "bf16 or fp32")
+    train.add("--steps", 20_000, "optimiser steps")
+    train.add("--batch", 64, "utterances per step, over all processes")
+    train.add("--accumulate", 1, "parts that a process's share of the batch is cut into")
+    train.add("--learning-rate", 3e-4, "the highest, after the warm-up")
+    train.add("--warmup", 200, "steps until then")
+    train.add("--weight-decay", 0.05, "AdamW's")
+    train.add("--seed", 0, "decides batches, samples and what is held out")
+    train.add("--save-every", 200, "steps between checkpoints")
+    train.add("--held-out", 64, "rows that are only evaluated on")
+    train.add("--longest", 1500, "speech tokens; longer rows are left out")
+    train.add("--samples", None, "rows that the on-policy recipe speaks; default all", int)
     train.set_defaults(function=run_train_draft)
     return top
 
 
+def _help_of_run(run: Parser) -> str:
+    """Its help with the notebooks and the profiles, each by its first line."""
+    from .experiment import notebooks
+
+    listed = [*notebooks.all_notebooks(), *notebooks.all_profiles()]
+    lines = [f"  {path.name:<22} {notebooks.first_line(path)}\n" for path in listed]
+    return Parser.format_help(run) + "\nnotebooks (from 10 on with --only alone) and profiles:\n" + "".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else arguments
     warnings.simplefilter("ignore")  # of libraries: the user can do nothing about them
     try:
         return options.function(options)
     except InputError as error:
-        if _first_process():
+        if is_first():
             print(f"ssd-repro: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ssd-repro: interrupted", file=sys.stderr)
+        goes_on = "" if options.command in ("speak", "report") else "; the same command goes on where it was"
+        print(f"\nssd-repro: interrupted{goes_on}", file=sys.stderr)  # below a progress bar
         return 130
 
 
@@ -144,8 +145,6 @@ def check_output(path: Path) -> None:
         raise InputError(f"--out {path} does not end in .wav: a WAV file is what is written")
     if path.exists() and not (stat.S_ISREG(path.stat().st_mode) and os.access(path, os.W_OK)):
         raise InputError(f"--out {path} is not a file that can be replaced: choose another name")
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}, make it first")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -153,50 +152,68 @@ def check_output(path: Path) -> None:
 
 
 def run_speak(options) -> int:
+    from . import load
+    from .speech.text import check_text
 
     check_text(options.text)
     if options.out:
         check_output(options.out)
+    settings = {name: getattr(options, name) for name in ("method", "voice", "tolerance", "draft_length", "seed")}
     with redirect_stdout(sys.stderr):  # whatever a library prints
-        take = _speak(options)
-        if options.out:
-            try:
-                take.save(options.out)
-            except OSError as error:
-                raise InputError(f"--out {options.out} cannot be written: {error.strerror}") from error
-    out = str(options.out) if options.out else None
-    print(json.dumps({**take.summary(), "out": out}) if options.json else describe(take, out))
+        voice = load(options.weights, device=options.device, threads=options.threads)
+        take = voice.speak(options.text, **settings)
+        written = options.out and str(take.save(options.out))
+    print(json.dumps({**take.summary(), "out": written}) if options.json else _described(take, written))
     return 0
 
 
-def _speak(options):
-    import ssd_repro
-
-    voice = ssd_repro.load(options.weights, device=options.device)
-    settings = {name: getattr(options, name) for name in ("method", "voice", "tolerance", "draft_length", "seed")}
-    return voice.speak(options.text, **settings)
-
-
-def describe(take, out: str | None) -> str:
+def _described(take, written: str | None) -> str:
     """A take in a few lines for a person."""
+    rates = f", LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}" if take.token_ids else ": the text came out empty"
     lines = [
         f"{take.method}, voice {take.voice}, seed {take.seed}, {take.device}",
-        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio, "
-        f"LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}",
+        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio{rates}",
     ]
     if take.acceptance_rate is not None:
-        lines.append(
-            f"acceptance rate {take.acceptance_rate:.3f}, {take.tokens_per_target_call:.2f} tokens a target call"
-        )
-    lines.append(f"written to {out}" if out else "no sound was written: add --out FILE.wav")
+        per_call = f"{take.tokens_per_target_call:.2f} tokens per target call"
+        lines.append(f"acceptance rate {take.acceptance_rate:.3f}, {per_call}")
+    lines.append(f"written to {written}" if written else "no sound was written: add --out FILE.wav")
     return "\n".join(lines)
 
 
-def run_tokenise(options) -> int:
+def run_run(options) -> int:
+    from .experiment.notebooks import run_notebooks
 
-    if not Path(options.data).is_dir():
+    return run_notebooks(options.profile, options.only, options.out, options.p, options.processes)
+
+
+def run_report(options) -> int:
+    from .experiment import report
+    from .experiment.notebooks import COMMITTED
+    from .experiment.provenance import results_folder
+
+    folder, readme = results_folder(options.out, options.profile), options.readme
+    if not readme and not options.out and options.profile == COMMITTED and source_tree():
+        readme = source_tree() / "README.md"
+    if readme and not readme.is_file():
+        raise InputError(f"--readme {readme} is not a file")
+    if not (folder / "provenance.json").is_file():
+        raise InputError(f"{folder} holds no provenance.json: run `ssd-repro run --profile {options.profile}` first")
+    with locked(folder / ".run.lock"):
+        made = report.report(folder, readme)
+    print(f"{folder}: {', '.join(made)}")
+    return 0
+
+
+def run_tokenise(options) -> int:
+    from .training import tokenise
+
+    if not options.data.is_dir():
         raise InputError(f"--data {options.data} is not a folder: give that of LibriTTS")
-    count = tokenise.tokenise(options.target, options.data, options.out, log=_to_stderr)
+    with launched_group():
+        count = tokenise.tokenise(
+            options.target, options.data, options.out, log=partial(print, file=sys.stderr, flush=True)
+        )
     print(f"{options.out}: {count} utterances")
     return 0
 
@@ -204,32 +221,15 @@ def run_tokenise(options) -> int:
 def run_train_draft(options) -> int:
     from dataclasses import fields
 
-    names = [field.name for field in fields(draft.Settings)]
-    settings = draft.Settings(**{name: getattr(options, name) for name in names})
-    rest = {name: getattr(options, name) for name in ("held_out", "longest", "samples", "device")}
-    draft.train(options.target, options.data, options.out, settings, **rest, log=_to_stderr)
-    if _first_process():
+    from .training import draft
+    from .training.loop import Settings
+
+    names = [field.name for field in fields(Settings) if field.name != "until"]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    rest = {name: getattr(options, name) for name in ("recipe", "loss", "held_out", "longest", "samples", "device")}
+    draft.train(
+        options.target, options.data, options.out, settings, **rest, log=partial(print, file=sys.stderr, flush=True)
+    )
+    if is_first():
         print(options.out / "draft.json")
-    return 0
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def run_report(options) -> int:
-
-    folder = results_folder(str(options.out or ""), options.profile)
-    readme = options.readme
-    if readme is None and options.out is None and options.profile == COMMITTED and source_tree():
-        readme = source_tree() / "README.md"
-    if readme and not readme.is_file():
-        raise InputError(f"--readme {readme} is not a file")
-    if not (folder / "provenance.json").is_file():
-        raise InputError(
-            f"{folder} holds no provenance.json: `ssd-repro run --profile {options.profile}` makes it first"
-        )
-    with locked(folder / ".run.lock"):
-        made = report_module.report(folder, readme)
-    print(f"{folder}: {', '.join(made)}")
     return 0

@@ -1,13 +1,16 @@
-"""Several processes: which one this is, waiting for the others, launching them."""
+"""Several processes: which one this is, waiting for the others, starting them on this machine."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import socket
-import subprocess
-import sys
-import threading
-import time
+import signal
+import tempfile
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+from .errors import InputError
 
 
 def process() -> tuple[int, int]:
@@ -30,47 +33,68 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-LAUNCHED = "SSD_REPRO_LAUNCHED"  # set in the processes of --processes
+def is_launched() -> bool:
+    """Whether torchrun or ``accelerate launch`` did it: torch.distributed.is_torchelastic_launched, without torch."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _first_process() -> bool:
-    """Of those that torchrun or accelerate launched; what all of them would say, this one says.
-
-    Of those of ``launch`` any may speak: the first that fails is the last.
-    """
-    return LAUNCHED in os.environ or os.environ.get("RANK", "0") == "0"
+def is_first() -> bool:
+    """Of launched processes the first: what all of them would print, it prints."""
+    return not is_launched() or os.environ.get("RANK") == "0"
 
 
-def launch(processes: int, arguments: list[str]) -> int:
-    """The same command in several processes of this machine, each with its share of the cores -> exit code.
+@contextmanager
+def _group(**where):
+    import torch.distributed as dist
 
-    Not by torchrun: its processes outlive a killed parent, and hold the lock. These end with it
-    (``end_with_parent``), and the first that fails ends the others.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), LAUNCHED: "1"}
-    command, workers = [sys.executable, "-m", "ssd_repro", *arguments], []
+    dist.init_process_group("gloo", timeout=timedelta(days=30), **where)  # a share may take hours longer than another
     try:
-        for rank in range(processes):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen(command, env=share | meet | own, stdin=subprocess.PIPE))
-        while True:
-            codes = [worker.poll() for worker in workers]
-            if any(codes) or None not in codes:
-                return max(abs(code) for code in codes if code is not None)
-            time.sleep(0.2)
+        yield
+        dist.barrier()
     finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+        dist.destroy_process_group()
 
 
-def end_with_parent() -> None:
-    """In a process of ``launch``: end when its parent has, that is, when the pipe on stdin does."""
-    if LAUNCHED in os.environ:
-        pipe = os.dup(0)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        threading.Thread(target=lambda: os.read(pipe, 1) or os._exit(1), daemon=True).start()
+def launched_group():
+    """Within it the processes of torchrun or ``accelerate launch`` are a group; nothing where there are none."""
+    return _group() if is_launched() else nullcontext()
+
+
+def run_in_processes(count: int, function, *arguments) -> None:
+    """``function(*arguments)`` in ``count`` new processes of this machine, which are a group.
+
+    Each has its share of the cores. When one fails, or this process ends, however, all of them end.
+    Raises InputError as one of them did.
+    """
+    import torch.multiprocessing as mp
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    refusals = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        member = (count, Path(folder, "store").as_uri(), refusals, function, arguments)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until they have made their own arrangement
+        try:
+            context = mp.start_processes(_run_member, member, count, join=False, daemon=True, start_method="spawn")
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        try:
+            while not context.join():
+                pass
+        except mp.ProcessRaisedException:
+            if refusals.empty():
+                raise
+            raise InputError(refusals.get()) from None
+
+
+def _run_member(rank: int, count: int, store: str, refusals, function, arguments) -> None:
+    # SIGINT comes from the terminal, and from Linux when the parent has died (torch.multiprocessing asks for it).
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not multiprocessing.parent_process().is_alive():
+        return
+    os.environ["LOCAL_RANK"] = str(rank)  # its GPU
+    try:
+        with _group(init_method=store, rank=rank, world_size=count):
+            function(*arguments)
+    except InputError as error:
+        refusals.put(str(error))
+        raise

@@ -28,10 +28,10 @@ def fake(monkeypatch):
     """A FakeVoice that also ``ssd_repro.load`` gives, and metrics without models."""
     import fake_voice
 
-    import ssd_repro
+    from ssd_repro.speech import load
 
     voice = fake_voice.FakeVoice()
-    monkeypatch.setattr(ssd_repro, "load", lambda path=None, device="auto", **_: voice)
+    monkeypatch.setattr(load, "load", lambda path=None, device="auto", **_: voice)
     monkeypatch.setattr(metrics, "measure", fake_voice.fake_measure)
     monkeypatch.setattr(metrics, "load", lambda *_: None)
     monkeypatch.setattr(metrics, "models", lambda whisper="", speaker="": {"whisper": whisper, "speaker": speaker})

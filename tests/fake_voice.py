@@ -6,11 +6,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 from ssd_repro.decoding.result import DecodeResult, Round
-from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.models.codec import CodecConfig
+from ssd_repro.speech.bundled import Bundled
 from ssd_repro.speech.text import VOICES
 from ssd_repro.speech.voice import Voice
 
@@ -24,14 +23,21 @@ def tone(seconds: float) -> np.ndarray:
     return TONE[: int(seconds * RATE)]
 
 
+class FakeFront(Bundled):
+    """The bundled front with a codec and references that cost nothing."""
+
+    def __init__(self):
+        codec = SimpleNamespace(config=CodecConfig(), decode=lambda tokens, _: tone(len(tokens) / 25))
+        about = {"voices": VOICES, "sampler": {}, "token_text_ratio": (1, 20), "speech_vocab": 6564}
+        super().__init__(codec, about, None)
+
+    def reference(self, voice):
+        return tone(2.0 + self.names.index(voice))
+
+
 class FakeVoice(Voice):
     def __init__(self, weights_id: str = "fake", pause: float = 0.0):
-        self.device = torch.device("cpu")
-        self.about = {"token_text_ratio": (1, 20), "speech_vocab": 6564}
-        self.names = VOICES
-        self.sampler = Sampler()
-        self.weights_id = weights_id
-        self.codec = SimpleNamespace(config=CodecConfig(), decode=lambda tokens, _: tone(len(tokens) / 25))
+        super().__init__(FakeFront(), None, None, weights_id, "cpu")
         self.calls: list[tuple[str, int]] = []
         self.pause = pause
 
@@ -60,9 +66,6 @@ class FakeVoice(Voice):
         take = super().speak(*arguments, **settings)
         return replace(take, seconds={**take.seconds, "text": 0.01, "codec": 0.1})
 
-    def reference(self, voice):
-        return tone(2.0 + self.names.index(voice))
-
 
 def fake_load(path=None, device="auto", **other):
     return FakeVoice(pause=0.002)
@@ -71,8 +74,6 @@ def fake_load(path=None, device="auto", **other):
 def fake_measure(audio, rate, text, reference, whisper="", speaker=""):
     """Scores that depend on the audio alone."""
     words = len(text.split())
-    return {
-        "transcript": text, "word_errors": len(audio) % 3, "words": words,
-        "char_errors": len(audio) % 5, "chars": len(text), "p808": 3.5, "sig": 3.4,
-        "bak": 3.9, "ovrl": 3.1, "similarity": 0.8 + len(audio) % 7 / 100,
-    }  # fmt: skip
+    errors = {"word_errors": len(audio) % 3, "words": words, "char_errors": len(audio) % 5, "chars": len(text)}
+    dnsmos = {"p808": 3.5, "sig": 3.4, "bak": 3.9, "ovrl": 3.1}
+    return {"transcript": text, **errors, **dnsmos, "similarity": 0.8 + len(audio) % 7 / 100}

@@ -23,6 +23,7 @@ COMMON = {
     "acceptance_rate": None,
     "tokens_per_target_call": 1.0,
     "processes": 1,
+    **{"device": "cpu", "chip": "AMD EPYC", "precision": "fp32", "whisper": "base", "speaker": "GE2E"},
     **{"words": 10, "chars": 50, "p808": 3.5, "sig": 3.4, "bak": 3.9, "ovrl": 3.0, "similarity": 0.8},
     **{"base_tokens": 100, "base_audio_seconds": 4.0, "base_lm_seconds": 2.0, "base_prefill_seconds": 0.0},
     "base_synthesis_seconds": 2.5,

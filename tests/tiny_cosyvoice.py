@@ -80,9 +80,9 @@ class Upstream(nn.Module):
 
 def ras_sampling(scores, decoded, sampling, top_p=0.8, top_k=25, win_size=10, tau_r=0.1):
     """Upstream's, since f2ddcbe: the token that repeats is masked and the draw is free of the nucleus."""
-    law, order = scores.softmax(0).sort(descending=True, stable=True)
-    size = min(top_k, int((law.cumsum(0) - law < top_p).sum()))
-    token = int(order[law[:size].multinomial(1)])
+    probability, order = scores.softmax(0).sort(descending=True, stable=True)
+    size = min(top_k, int((probability.cumsum(0) - probability < top_p).sum()))
+    token = int(order[probability[:size].multinomial(1)])
     if decoded[-win_size:].count(token) >= win_size * tau_r:
         scores[token] = -torch.inf
         token = int(scores.softmax(0).multinomial(1))
@@ -106,9 +106,19 @@ class Qwen2LM(Upstream):
 
     @torch.inference_mode()
     def inference(
-        self, text, text_len, prompt_text, prompt_text_len, prompt_speech_token, prompt_speech_token_len, embedding,
-        sampling=25, max_token_text_ratio=20, min_token_text_ratio=2, uuid="",
-    ):  # fmt: skip
+        self,
+        text,
+        text_len,
+        prompt_text,
+        prompt_text_len,
+        prompt_speech_token,
+        prompt_speech_token_len,
+        embedding,
+        sampling=25,
+        max_token_text_ratio=20,
+        min_token_text_ratio=2,
+        uuid="",
+    ):
         lm_input = self.prefix(text[0], prompt_text[0], prompt_speech_token[0])
         text_len += prompt_text_len
         low, high = (int((text_len - prompt_text_len) * r) for r in (min_token_text_ratio, max_token_text_ratio))
@@ -143,10 +153,15 @@ class Model:
         text_len, prompt_text_len, speech_len = lengths
         with torch.autocast("cpu", torch.bfloat16, enabled=self.fp16):
             for token in self.llm.inference(
-                text=text, text_len=text_len, prompt_text=prompt_text, prompt_text_len=prompt_text_len,
-                prompt_speech_token=llm_prompt_speech_token, prompt_speech_token_len=speech_len,
-                embedding=llm_embedding, uuid=uuid,
-            ):  # fmt: skip
+                text=text,
+                text_len=text_len,
+                prompt_text=prompt_text,
+                prompt_text_len=prompt_text_len,
+                prompt_speech_token=llm_prompt_speech_token,
+                prompt_speech_token_len=speech_len,
+                embedding=llm_embedding,
+                uuid=uuid,
+            ):
                 self.tts_speech_token_dict[uuid].append(token)
         self.llm_end_dict[uuid] = True
 

@@ -44,8 +44,8 @@ def decoding_fields(takes: list) -> dict:
         "audio_seconds": take.audio_seconds,
         "lm_seconds": _median(t.lm_seconds for t in takes),
         "lm_seconds_each": [round(t.lm_seconds, 6) for t in takes],
-        "synthesis_seconds": _median(sum(t.seconds.values()) for t in takes),
-        "seconds": {phase: _median(t.seconds[phase] for t in takes) for phase in take.seconds},
+        "synthesis_seconds": _median(t.synthesis_seconds for t in takes),
+        "seconds": {k: _median(t.seconds[k] for t in takes) for k in take.seconds},
         "target_calls": take.target_calls,
         "draft_calls": take.draft_calls,
         "drafted": sum(r.drafted for s in take.sentences for r in s.rounds),
@@ -62,7 +62,7 @@ def baseline_fields(takes: list) -> dict:
         "base_audio_seconds": takes[0].audio_seconds,
         "base_lm_seconds": _median(t.lm_seconds for t in takes),
         "base_prefill_seconds": _median(t.seconds["prefill"] for t in takes),
-        "base_synthesis_seconds": _median(sum(t.seconds.values()) for t in takes),
+        "base_synthesis_seconds": _median(t.synthesis_seconds for t in takes),
     }
 
 
@@ -77,7 +77,7 @@ def token_kinds(take) -> str:
     Silence lies SILENCE_DB below the 95th percentile of the tokens. An empty string where the
     tokens cannot be found in the sound: there is none, or its length is not theirs.
     """
-    counts = [len(sentence.tokens) for sentence in take.sentences]
+    counts = [len(sentence.tokens) for sentence in take.sentences if sentence.tokens]  # an empty one has no pause
     width, gap = take.sample_rate // TOKEN_RATE, int(take.gap_seconds * take.sample_rate)
     if not np.any(take.audio) or len(take.audio) != sum(counts) * width + gap * (len(counts) - 1):
         return ""

@@ -74,7 +74,7 @@ def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
         "alpha": alpha,
         "draft / target step": c["draft"] / c["target"],
         "verification / target step": c["verify"] / c["target"],
-        "tokens a round": by_position,
+        "tokens per round": by_position,
         "measured": measured,
         "measured_low": low,
         "measured_high": high,

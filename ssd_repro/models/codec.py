@@ -140,7 +140,7 @@ class Codec(nn.Module):
         self.config = c = config
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
-        # Per voice, for the decoded envelope: what training.calibrate finds.
+        # Per voice, for the decoded envelope: what training.codec.calibrate finds.
         self.register_buffer("scale", torch.ones(c.voices, ENVELOPE))
         self.register_buffer("shift", torch.zeros(c.voices, ENVELOPE))
         per_half = FRAMES_PER_TOKEN // 2

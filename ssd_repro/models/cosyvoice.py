@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ class Layout:
     vocab      speech_embedding and llm_decoder have so many rows
     sos, task  what begins the prompt and what ends its text: rows of llm_embedding (version
                2) or of speech_embedding (version 3)
-    eos, fill  end of speech; 'more text please' of the streaming-text mode, unused here
+    eos        end of speech
     """
 
     version: int
@@ -41,7 +40,6 @@ class Layout:
     sos: int
     task: int
     eos: int
-    fill: int
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -52,22 +50,25 @@ class Layout:
     def banned_ids(self) -> tuple[int, ...]:
         """What upstream's ignore_eos masks before the minimum length: this one id, in both versions.
 
-        In version 2 it is the end of speech, the other two stop tokens stay possible. In
-        version 3 it is sos: its end of speech, 6562, stays possible before the minimum length.
+        The other stop tokens stay possible then: in version 3 even the end of speech, 6562.
         """
         return (SPEECH_TOKENS,)
 
+    def config(self, text_tokens: int, **fields) -> DecodeConfig:
+        """Upstream's lengths and stop tokens for a text of ``text_tokens`` tokens (prompt text not counted).
+
+        At least 2 and at most 20 speech tokens for each text token (min_token_text_ratio,
+        max_token_text_ratio); fields: the others of DecodeConfig, which win.
+        """
+        check_number("text_tokens", text_tokens, 1, 50_000, whole=True)
+        lengths = {"min_tokens": 2 * text_tokens, "max_tokens": 20 * text_tokens}
+        ids = {"stop_ids": self.stop_ids, "banned_ids": self.banned_ids}
+        return DecodeConfig(**(lengths | ids | fields))
+
 
 LAYOUTS = {
-    2: Layout(2, SPEECH_TOKENS + 3, sos=0, task=1, eos=SPEECH_TOKENS, fill=SPEECH_TOKENS + 2),
-    3: Layout(
-        3,
-        SPEECH_TOKENS + 200,
-        sos=SPEECH_TOKENS,
-        eos=SPEECH_TOKENS + 1,
-        task=SPEECH_TOKENS + 2,
-        fill=SPEECH_TOKENS + 3,
-    ),
+    2: Layout(2, SPEECH_TOKENS + 3, sos=0, task=1, eos=SPEECH_TOKENS),
+    3: Layout(3, SPEECH_TOKENS + 200, sos=SPEECH_TOKENS, task=SPEECH_TOKENS + 2, eos=SPEECH_TOKENS + 1),
 }
 
 
@@ -108,33 +109,25 @@ class CosyVoiceLM(SpeechLM):
 
 
 def _check_ids(name: str, ids: Tensor, size: int) -> None:
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise InputError(f"{name}s have dtype {ids.dtype} and {ids.dim()} dimensions; give int64 (n,).")
     for token in ids[(ids < 0) | (ids >= size)][:1].tolist():
         check_number(name, token, 0, size - 1, whole=True)
-
-
-def decode_config(layout: Layout, text_tokens: int, **fields) -> DecodeConfig:
-    """Upstream's lengths and stop tokens for a text of ``text_tokens`` tokens (prompt text not counted).
-
-    At least 2 and at most 20 speech tokens a text token (min_token_text_ratio,
-    max_token_text_ratio); fields: the others of DecodeConfig, which win.
-    """
-    check_number("text_tokens", text_tokens, 1, 50_000, whole=True)
-    lengths = {"min_tokens": 2 * text_tokens, "max_tokens": 20 * text_tokens}
-    ids = {"stop_ids": layout.stop_ids, "banned_ids": layout.banned_ids}
-    return DecodeConfig(**(lengths | ids | fields))
 
 
 # Files
 
 TEXT_MODEL = "CosyVoice-BlankEN"  # the folder of a released model with Qwen2's config.json and tokenizer
-QWEN2_05B = {
+QWEN2_05B = {  # what the release's config.json says, for checkpoints that come without it
     "hidden_size": 896,
     "intermediate_size": 4864,
     "num_hidden_layers": 24,
     "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "max_position_embeddings": 32768,
 }
+OUR_NAMES = {"llm.model.model.": "model.", "llm_decoder.": "head."}  # of weights: upstream's beginnings -> ours
+THEIR_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
 
 
 def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> CosyVoiceLM:
@@ -146,10 +139,9 @@ def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> Cosy
     none of these, cut, or of another model: it names what is missing.
     """
     path = Path(path)
-    if path.is_file():
-        return _load_released(path, dtype)
-    if (path / "llm.pt").is_file():
-        return _load_released(path / "llm.pt", dtype)
+    file = path / "llm.pt" if path.is_dir() else path
+    if file.is_file():
+        return _load_released(file, dtype)
     if (path / "config.json").is_file():
         return _load_converted(path, dtype)
     what = "holds neither llm.pt nor config.json" if path.is_dir() else "does not exist"
@@ -161,29 +153,34 @@ def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> Cosy
 
 def _load_released(path: Path, dtype: torch.dtype) -> CosyVoiceLM:
     """llm.pt: the state dict of upstream's Qwen2LM (2) or CosyVoice3LM (3)."""
-    state = _read_pt(path)
-    layout = _layout(state, "speech_embedding.weight", path)
-    state.pop("llm.model.lm_head.weight", None)  # the head of text: never used for speech
-    renamed = {}
-    for name, value in state.items():
-        head = name.replace("llm_decoder.", "head.") if name.startswith("llm_decoder.") else name
-        renamed[name.removeprefix("llm.model.") if name.startswith("llm.model.model.") else head] = value
+    theirs = _read_pt(path)
+    layout = _layout(theirs, path)
+    theirs.pop("llm.model.lm_head.weight", None)  # the head of text: never used for speech
+    state = {_renamed(name, OUR_NAMES): value for name, value in theirs.items()}
+    about, bias = path.parent / TEXT_MODEL / "config.json", layout.version == 2
+    if about.is_file():
+        return _assemble(_read_config(about), layout, bias, state, path, THEIR_NAMES, dtype)
+    rows = len(state.get("model.embed_tokens.weight", ()))
+    try:  # heads and rotations leave no trace in the shapes
+        config = Qwen2Config(**QWEN2_05B, vocab_size=rows, attn_implementation="sdpa")
+        return _assemble(config, layout, bias, state, path, THEIR_NAMES, dtype)
+    except InputError as error:
+        raise InputError(
+            f"{about} is missing and the weights are not of Qwen2.5-0.5B's shape: put the config.json of its Qwen2 "
+            f"there ({error})"
+        ) from None
 
-    def called(name: str) -> str:
-        return f"llm.model.{name}" if name.startswith("model.") else name.replace("head.", "llm_decoder.")
 
-    about = path.parent / TEXT_MODEL / "config.json"
-    config = _read_config(about) if about.is_file() else _infer_config(renamed, path, about)
-    return _assemble(config, layout, None, renamed, path, called, dtype)
+def _renamed(name: str, beginnings: dict[str, str]) -> str:
+    old = next((old for old in beginnings if name.startswith(old)), "")
+    return beginnings.get(old, "") + name.removeprefix(old)
 
 
 def _load_converted(folder: Path, dtype: torch.dtype) -> CosyVoiceLM:
     """Speech tokens as text tokens <|s_0|>, ...: rows of embed_tokens and lm_head, cut out again."""
     config = _read_config(folder / "config.json")
     if config.vocab_size in [layout.vocab for layout in LAYOUTS.values()]:
-        raise InputError(
-            f"{folder} is the export for vLLM, which holds no text embeddings: give the folder with llm.pt"
-        )
+        raise InputError(f"{folder} is the export for vLLM, without text embeddings: give the folder with llm.pt")
     try:
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
     except (OSError, ValueError) as error:
@@ -193,28 +190,29 @@ def _load_converted(folder: Path, dtype: torch.dtype) -> CosyVoiceLM:
             f"{folder} is no converted CosyVoice: its tokenizer lacks <|s_0|>; for a released model give the folder "
             "that holds llm.pt"
         )
-    first, layout = words["<|s_0|>"], LAYOUTS[3 if "<|fill|>" in words else 2]
-    end = first + layout.vocab
     state = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state |= _read_safetensors(file)
-    state.setdefault("lm_head.bias", None)
+        try:
+            state |= load_file(file)
+        except SafetensorError as error:
+            raise InputError(
+                f"{file} cannot be read ({first_line(error)}): it is cut or another kind of file"
+            ) from None
+    first, layout = words["<|s_0|>"], LAYOUTS[3 if "<|fill|>" in words else 2]
+    end, marks = first + layout.vocab, 2 * (layout.version == 2)  # version 2 has its marks behind the speech tokens
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         rows = len(state.get(name, ()))
-        if rows < end + 2 * (layout.version == 2):
+        if rows < end + marks:
             raise InputError(f"{folder}: {name} has {rows} rows, too few for its speech tokens {first} to {end - 1}")
-    both, weight, bias = (state.pop(k) for k in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"))
-    state |= {
-        "model.embed_tokens.weight": both[:first],
-        "speech_embedding.weight": both[first:end],
-        "head.weight": weight[first:end],
-    }
+    table, bias = state.pop("model.embed_tokens.weight"), state.pop("lm_head.bias", None)
+    state["model.embed_tokens.weight"], state["speech_embedding.weight"] = table[:first], table[first:end]
+    state["head.weight"] = state.pop("lm_head.weight")[first:end]
     if bias is not None:
         state["head.bias"] = bias[first:end]
-    if layout.version == 2:
-        state["llm_embedding.weight"] = both[end : end + 2]
+    if marks:
+        state["llm_embedding.weight"] = table[end : end + marks]
     config.vocab_size = first
-    return _assemble(config, layout, bias is not None, state, folder, str, dtype)
+    return _assemble(config, layout, bias is not None, state, folder, {}, dtype)
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
@@ -228,7 +226,7 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a checkpoint of tensors ({first_line(error)}): it is cut or another kind of file"
         ) from None
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}: llm.pt holds a dict of tensors")
+        raise InputError(f"{path} holds a {type(state).__name__}; llm.pt holds a dict of tensors")
     for name in ("epoch", "step"):  # upstream's trainer adds them
         state.pop(name, None)
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -237,14 +235,8 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}): it is cut or another kind of file") from None
-
-
-def _layout(state: dict[str, Tensor], name: str, path: Path) -> Layout:
+def _layout(state: dict[str, Tensor], path: Path) -> Layout:
+    name = "speech_embedding.weight"
     if name not in state:
         first = "it is a CosyVoice 1" if "text_encoder.embed.out.0.weight" in state else f"it has {_some(state)}"
         raise InputError(f"{path} lacks {name}, so it is no language model of CosyVoice 2 or 3: {first}")
@@ -267,55 +259,27 @@ def _read_config(path: Path) -> Qwen2Config:
     return config
 
 
-def _infer_config(state: dict[str, Tensor], path: Path, about: Path) -> Qwen2Config:
-    """Without config.json: the shapes of Qwen2.5-0.5B, whose heads and rotations are documented, or InputError."""
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    hidden, ffn = QWEN2_05B["hidden_size"], QWEN2_05B["intermediate_size"]
-    layers = QWEN2_05B["num_hidden_layers"]
-    rows = shapes.get("model.embed_tokens.weight", (0,))[0]
-    fits = (
-        shapes.get("model.layers.0.self_attn.q_proj.weight") == (hidden, hidden)
-        and shapes.get("model.layers.0.self_attn.k_proj.weight") == (128, hidden)
-        and shapes.get("model.layers.0.mlp.gate_proj.weight") == (ffn, hidden)
-        and f"model.layers.{layers - 1}.input_layernorm.weight" in shapes
-        and f"model.layers.{layers}.input_layernorm.weight" not in shapes
-    )
-    if not fits:
-        raise InputError(
-            f"{about} is missing and the weights of {path} are not of Qwen2.5-0.5B's shape ({layers} layers, hidden "
-            f"{hidden}), so heads and rotations are unknown: put the config.json of its Qwen2 there"
-        )
-    return Qwen2Config(
-        **QWEN2_05B,
-        num_key_value_heads=2,
-        vocab_size=rows,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        max_position_embeddings=32768,
-        attn_implementation="sdpa",
-    )
-
-
 def _assemble(
     config: Qwen2Config,
     layout: Layout,
-    bias: bool | None,
+    bias: bool,
     state: dict[str, Tensor],
     path: Path,
-    called: Callable[[str], str],
+    names: dict,
     dtype: torch.dtype,
 ) -> CosyVoiceLM:
-    """Weights in our names -> the model; InputError with the file's names (``called``) if they do not fit."""
+    """Weights in our names -> the model; InputError with the file's ``names`` if they do not fit."""
     with torch.device("meta"):
         lm = CosyVoiceLM(Qwen2Model(config), layout, bias)
-    expected = lm.state_dict()
+    expected = {name: tuple(value.shape) for name, value in lm.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
     wrong = {
-        "lacks": [called(name) for name in expected.keys() - state.keys()],
-        "has, unexpectedly,": [called(name) for name in state.keys() - expected.keys()],
+        "lacks": [_renamed(name, names) for name in expected.keys() - found.keys()],
+        "has, unexpectedly,": [_renamed(name, names) for name in found.keys() - expected.keys()],
         "has the wrong shape in": [
-            f"{called(name)} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in expected.items()
-            if name in state and state[name].shape != value.shape
+            f"{_renamed(name, names)} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
         ],
     }
     faults = "; ".join(f"{fault} {_some(sorted(names))}" for fault, names in wrong.items() if names)

@@ -6,7 +6,6 @@ The layout of the release: ``<speaker>/<chapter>/<id>.wav`` beside ``<id>.normal
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,7 @@ from pathlib import Path
 from ..errors import InputError, first_line
 from ..files import cache_folder
 
-SECONDS = (
-    4.0,
-    10.0,
-)  # of sentences and of prompts, as the LibriSpeech test-clean protocol of zero-shot papers
+SECONDS = (4.0, 10.0)  # of sentences and prompts, as zero-shot papers choose from LibriSpeech test-clean
 HUB_SUBSET = ("clean", "test.clean")  # configuration and split of mythicinfinity/libritts
 
 
@@ -61,9 +57,9 @@ def pairs(known: dict[str, Spoken], count: int, seed: int = 0) -> list[tuple[Spo
     """
     dice = random.Random(seed)
     speakers: dict[str, list[Spoken]] = {}
-    for one in known.values():
-        if SECONDS[0] <= seconds(one.audio) <= SECONDS[1]:
-            speakers.setdefault(one.speaker, []).append(one)
+    for utterance in known.values():
+        if SECONDS[0] <= seconds(utterance.audio) <= SECONDS[1]:
+            speakers.setdefault(utterance.speaker, []).append(utterance)
     speakers = {name: own for name, own in sorted(speakers.items()) if len(own) > 1}
     for own in speakers.values():
         dice.shuffle(own)
@@ -85,7 +81,6 @@ def seconds(audio: Path) -> float:
 
 def from_hub(name: str) -> Path:
     """test-clean of the hub's dataset ``name`` as a LibriTTS folder in the user's cache, made once."""
-
     folder = cache_folder() / f"{name.replace('/', '--')}-test-clean"
     if folder.is_dir():
         return folder
@@ -94,31 +89,22 @@ def from_hub(name: str) -> Path:
 
         rows = datasets.load_dataset(name, HUB_SUBSET[0], split=HUB_SUBSET[1])
         rows = rows.cast_column("audio", datasets.Audio(decode=False))
-    except ImportError:
-        raise InputError(
-            f"{name} is no folder, and for a dataset of the hub the package datasets is missing: give the folder of "
-            "LibriTTS test-clean, or `pip install datasets`"
-        ) from None
-    except Exception as error:
+    except Exception as error:  # of the package, the network, the name
         raise InputError(
             f"{name} is no folder, and no dataset of the hub that can be read here ({first_line(error)}): give the "
-            "folder of LibriTTS test-clean, or a hub name such as mythicinfinity/libritts"
+            "folder of LibriTTS test-clean, or a hub name such as mythicinfinity/libritts, for which you need to "
+            "`pip install datasets`"
         ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         for row in rows:
-            place = Path(beside, "whole", *row["id"].split("_")[:2])
+            place, audio = Path(beside, "whole", *row["id"].split("_")[:2]), row["audio"]
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{row['id']}.normalized.txt").write_text(row["text_normalized"], "utf-8")
-            (place / f"{row['id']}.wav").write_bytes(_bytes(row["audio"]))
+            (place / f"{row['id']}.wav").write_bytes(audio["bytes"] or Path(audio["path"]).read_bytes())
         try:
             Path(beside, "whole").rename(folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
+        except OSError:
+            if not folder.is_dir():  # else another process was first
                 raise
-            shutil.rmtree(Path(beside, "whole"))
     return folder
-
-
-def _bytes(audio: dict) -> bytes:
-    return audio["bytes"] or Path(audio["path"]).read_bytes()

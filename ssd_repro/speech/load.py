@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import InputError
+import torch
+
+from ..errors import InputError, check_number
+from ..files import sha256
 from ..models import checkpoints
-from ..models.speech_lm import PRECISIONS, choose_device
-from . import zero_shot
-from .voice import Voice
+from ..models.cosyvoice import TEXT_MODEL, load_cosyvoice
+from ..models.runtimes.graphs import StaticLM
+from ..models.speech_lm import PRECISIONS, SpeechLM, choose_device
+from . import libritts
+from .bundled import Bundled
+from .voice import Front, Voice
+from .zero_shot import Tokens, Upstream
+
+FRONT_ENDS = {"upstream": Upstream, "tokens": Tokens}
+# Below so many parameters of the target one thread is as fast as several on an idle CPU, and on a busy
+# one a forward on two threads took 30 to 50 times as long: each of its many small parts waits for both.
+SMALL_MODEL = 100_000_000
+TORCH_THREADS = torch.get_num_threads()  # torch's own choice, before any voice was loaded
 
 
 def load(
@@ -17,28 +32,81 @@ def load(
     device: str = "auto",
     precision: str = "fp32",
     compile: bool = False,
-    max_length: int = 1024,
+    max_length: int | None = None,
     draft: str = "",
     data: str = "",
     front_end: str = "upstream",
+    threads: int | None = None,
 ) -> Voice:
     """Load a voice folder (the bundled one by default), or a CosyVoice 2 or 3. Raises InputError.
 
-    device: auto, cpu or cuda. precision of target and draft: fp32 or bf16; the codec stays fp32.
-    compile: decode in static caches of ``max_length`` positions (prompt and speech tokens of a
-    sentence) with compiled forwards, CUDA graphs on CUDA; the first sentences then wait for the
-    compiler. See ``models.runtimes.graphs.StaticLM``. draft, data, front_end: of a CosyVoice alone, see
-    ``zero_shot.load``.
+    device      auto, cpu or cuda
+    precision   of target and draft: fp32 or bf16; the codec stays fp32
+    compile     decode in static caches with compiled forwards, CUDA graphs on CUDA; the first
+                sentences then wait for the compiler (``models.runtimes.graphs.StaticLM``)
+    max_length  positions of such a cache, prompt and speech tokens of a piece; None: 1024, of a
+                CosyVoice 2048 (20 times the 80 text tokens of upstream's pieces, prompt, texts)
+    threads     of torch, in the whole process. None: on a CPU one for a target below SMALL_MODEL,
+                else torch's own choice, as where the environment sets OMP_NUM_THREADS
+
+    Of a CosyVoice alone: draft, the folder that ``ssd-repro train-draft`` wrote; data, a LibriTTS folder
+    or the hub name of one; front_end, upstream (its package) or tokens (no sound).
     """
-    if precision not in PRECISIONS:  # before any work
-        raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
+    for name, value, known in (("precision", precision, PRECISIONS), ("front_end", front_end, FRONT_ENDS)):
+        if value not in known:
+            raise InputError(f"{name} {value!r} is unknown: choose {' or '.join(known)}")
+    for name, value, most in (("max_length", max_length, 1_000_000), ("threads", threads, 1024)):
+        if value is not None:
+            check_number(name, value, 1, most, whole=True)
     device = choose_device(device)
     if device == "cuda":  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     folder = Path(path) if path else checkpoints.BUNDLED
 
-    if zero_shot.is_cosyvoice(folder):
-        return zero_shot.load(folder, device, precision, compile, draft, data, front_end)
-    if draft or data:
-        raise InputError(f"{folder} is a voice with its own draft and sentences: leave draft and data empty")
-    return Voice(*checkpoints.load_voice(folder), folder, device, precision, compile, max_length)
+    if (folder / "llm.pt").is_file() or (folder / TEXT_MODEL).is_dir():
+        front, target, small, weights_id = _cosyvoice(folder, device, draft, data, front_end)
+        max_length = max_length or 2048
+    else:
+        if draft or data:
+            raise InputError(f"{folder} is a voice with its own draft and sentences: leave draft and data empty")
+        codec, target, small, about = checkpoints.load_voice(folder)
+        front = Bundled(codec.to(device).requires_grad_(False), about, folder, device)
+        weights_id = _identity(sorted(about["sha256"].values()))
+    lms = tuple(lm.to(device).cast(precision).requires_grad_(False) for lm in (target, small))
+    models = tuple(StaticLM(lm, max_length or 1024, compile=True) for lm in lms) if compile else lms
+    threads = _set_threads(threads, target, device)
+    return Voice(front, *lms, weights_id, device, models, precision, compile, threads)
+
+
+def _cosyvoice(
+    folder: Path, device: str, draft: str, data: str, front_end: str
+) -> tuple[Front, SpeechLM, SpeechLM, str]:
+    """(front, target, draft, weights_id). InputError that names what is missing."""
+    for name, value, what in (
+        ("draft", draft, "the folder that `ssd-repro train-draft` wrote for it"),
+        ("data", data, "the folder of LibriTTS test-clean, or a hub name such as mythicinfinity/libritts"),
+    ):
+        if not value:
+            raise InputError(f"{folder} is a CosyVoice, which also needs {name}: {what}")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # upstream's package takes the current one
+    target, known = load_cosyvoice(folder), libritts.index(data)
+    small = checkpoints.load_draft(Path(draft), target)
+    front = FRONT_ENDS[front_end](folder, target.layout.version, known)
+    digests = [checkpoints.weights_sha256(lm) for lm in (target, small)]
+    digests += [sha256(folder / name) for name in ("flow.pt", "hift.pt") if (folder / name).is_file()]
+    return front, target, small, _identity(digests)
+
+
+def _identity(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+
+
+def _set_threads(threads: int | None, target: SpeechLM, device: str) -> int:
+    """Set torch's threads as ``load`` says -> how many they are."""
+    if threads is None and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        size = sum(parameter.numel() for parameter in target.parameters())
+        threads = 1 if size < SMALL_MODEL else TORCH_THREADS
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

@@ -16,7 +16,7 @@ class Utterance:
     text_id: str
     text: str
     voice: str
-    seed: int
+    seed: int = 0
 
 
 def evaluation_sentences(part: str = "eval") -> list[tuple[str, str]]:
@@ -32,11 +32,9 @@ def utterances(count: int, voices: tuple[str, ...], seed: int = 0, part: str = "
     After the last sentence (of 200) they begin anew, each now with the next voice and a new seed.
     """
     known = evaluation_sentences(part)
-    most = len(known) * len(voices)
+    most, of = len(known) * len(voices), f"{len(known)} sentences, {len(voices)} voices"
     if not 1 <= count <= most:
-        raise InputError(
-            f"sentences must be a whole number from 1 to {most} ({len(known)} sentences, {len(voices)} voices), got {count}"
-        )
+        raise InputError(f"sentences must be a whole number from 1 to {most} ({of}), got {count}")
     rounds = (divmod(i, len(known)) for i in range(count))
     return [
         Utterance(*known[i], voices[(i + again) % len(voices)], seed + again * len(known) + i) for again, i in rounds

@@ -5,22 +5,28 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..decoding.result import DecodeResult
-from ..models.codec import SAMPLE_RATE
+from ..files import write_bytes
 
-PAUSE_SECONDS = 0.2  # between the pieces of a long text
+FACTS = (
+    "method text voice token_ids audio_seconds lm_seconds lm_rtf rtf seconds target_calls draft_calls acceptance_rate "
+    "tokens_per_target_call tolerance draft_length stopped seed device sample_rate"
+)
 
 
 @dataclass(frozen=True)
 class Take:
-    """One spoken text. Seconds are wall time; lm_* covers the language model alone."""
+    """One spoken text. Seconds are wall time; lm_* covers the language model alone.
+
+    A text may come out empty: a stop token comes first. Then ``token_ids`` is (), ``audio`` has no
+    samples and what is divided by its length (``lm_rtf``, ``rtf``) is None. Of a longer text an
+    empty piece has a DecodeResult without tokens in ``sentences``, and neither sound nor pause.
+    """
 
     method: str
     text: str
@@ -28,13 +34,13 @@ class Take:
     token_ids: tuple[int, ...]
     audio: np.ndarray = field(repr=False)  # float32 (samples,) at sample_rate
     seconds: dict[str, float]  # text, prefill, draft, verify, rest, codec
-    sentences: tuple[DecodeResult, ...] = field(repr=False)
+    sentences: tuple[DecodeResult, ...] = field(repr=False)  # one for each piece of the text
     seed: int
     device: str
     tolerance: float
     draft_length: int
-    sample_rate: int = SAMPLE_RATE
-    gap_seconds: float = PAUSE_SECONDS  # between the pieces
+    sample_rate: int
+    gap_seconds: float  # silence between the pieces that have tokens
 
     @property
     def audio_seconds(self) -> float:
@@ -45,14 +51,19 @@ class Take:
         return sum(result.lm_seconds for result in self.sentences)
 
     @property
-    def lm_rtf(self) -> float:
-        """Language-model seconds / audio seconds, the paper's LM-RTF."""
-        return self.lm_seconds / self.audio_seconds
+    def synthesis_seconds(self) -> float:
+        """Seconds of the whole synthesis, from text to sound."""
+        return sum(self.seconds.values())
 
     @property
-    def rtf(self) -> float:
-        """Seconds of the whole synthesis / audio seconds."""
-        return sum(self.seconds.values()) / self.audio_seconds
+    def lm_rtf(self) -> float | None:
+        """Language-model seconds / audio seconds, the paper's LM-RTF; None without audio."""
+        return self.lm_seconds / self.audio_seconds if len(self.audio) else None
+
+    @property
+    def rtf(self) -> float | None:
+        """Seconds of the whole synthesis / audio seconds; None without audio."""
+        return self.synthesis_seconds / self.audio_seconds if len(self.audio) else None
 
     @property
     def target_calls(self) -> int:
@@ -81,28 +92,7 @@ class Take:
 
     def summary(self) -> dict:
         """The facts of this take, ready for JSON."""
-        names = [
-            "method",
-            "text",
-            "voice",
-            "token_ids",
-            "audio_seconds",
-            "lm_seconds",
-            "lm_rtf",
-            "rtf",
-            "seconds",
-            "target_calls",
-            "draft_calls",
-            "acceptance_rate",
-            "tokens_per_target_call",
-            "tolerance",
-            "draft_length",
-            "stopped",
-            "seed",
-            "device",
-            "sample_rate",
-        ]
-        return {"tokens": len(self.token_ids), **{name: getattr(self, name) for name in names}}
+        return {"tokens": len(self.token_ids), **{name: getattr(self, name) for name in FACTS.split()}}
 
     def wav(self) -> bytes:
         """The audio as a 16-bit WAV file."""
@@ -113,31 +103,16 @@ class Take:
             return buffer.getvalue()
 
     def save(self, path: str | Path) -> Path:
-        """Write a WAV file, beside and renamed, so that no half-written one is left."""
-        path = Path(path)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                out.write(self.wav())
-            os.chmod(part, 0o666 & ~_umask())
-            os.replace(part, path)
-        except BaseException:
-            os.unlink(part)
-            raise
-        return path
+        """Write a WAV file, whole or not at all. InputError if it cannot be written."""
+        write_bytes(Path(path), self.wav())
+        return Path(path)
 
     def _repr_html_(self) -> str:
         player = base64.b64encode(self.wav()).decode()
+        times = f", LM-RTF {self.lm_rtf:.3f}, RTF {self.rtf:.3f}" if len(self.audio) else ""
         rate = "" if self.acceptance_rate is None else f", acceptance rate {self.acceptance_rate:.2f}"
         return (
             f'<figure><audio controls src="data:audio/wav;base64,{player}"></audio><figcaption>'
             f"<b>{self.method}</b>, {html.escape(self.voice)}: {html.escape(self.text)}<br>"
-            f"{len(self.token_ids)} tokens, {self.audio_seconds:.2f} s of audio, LM-RTF {self.lm_rtf:.3f}, "
-            f"RTF {self.rtf:.3f}{rate}</figcaption></figure>"
+            f"{len(self.token_ids)} tokens, {self.audio_seconds:.2f} s of audio{times}{rate}</figcaption></figure>"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

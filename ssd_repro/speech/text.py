@@ -15,71 +15,10 @@ from functools import lru_cache
 from ..errors import InputError
 
 PUNCTUATION = ' ,.;:!?"'
-CONSONANTS = [
-    "b",
-    "d",
-    "f",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "r",
-    "s",
-    "t",
-    "v",
-    "w",
-    "x",
-    "z",
-    "ð",
-    "ŋ",
-    "ɡ",
-    "ɹ",
-    "ɾ",
-    "ʃ",
-    "ʒ",
-    "ʔ",
-    "θ",
-    "tʃ",
-    "dʒ",
-]
-VOWELS = [
-    "a",
-    "e",
-    "i",
-    "o",
-    "u",
-    "æ",
-    "ɐ",
-    "ɑ",
-    "ɒ",
-    "ɔ",
-    "ə",
-    "ɚ",
-    "ɛ",
-    "ɜ",
-    "ɪ",
-    "ʊ",
-    "ʌ",
-    "ᵻ",
-    "iː",
-    "uː",
-    "ɑː",
-    "ɔː",
-    "ɜː",
-    "ɛː",
-    "oː",
-    "aɪ",
-    "aʊ",
-    "eɪ",
-    "oʊ",
-    "əʊ",
-    "ɔɪ",
-]
+CONSONANTS = "b d f h j k l m n p r s t v w x z ð ŋ ɡ ɹ ɾ ʃ ʒ ʔ θ tʃ dʒ"
+VOWELS = "a e i o u æ ɐ ɑ ɒ ɔ ə ɚ ɛ ɜ ɪ ʊ ʌ ᵻ iː uː ɑː ɔː ɜː ɛː oː aɪ aʊ eɪ oʊ əʊ ɔɪ"
 STRESS = "ˈ"
-SYMBOLS = tuple(PUNCTUATION) + tuple(CONSONANTS) + tuple(VOWELS) + tuple(STRESS + v for v in VOWELS)
+SYMBOLS = (*PUNCTUATION, *CONSONANTS.split(), *VOWELS.split(), *(STRESS + vowel for vowel in VOWELS.split()))
 SYMBOL_ID = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 _UNIT = re.compile("|".join(sorted(map(re.escape, SYMBOLS), key=len, reverse=True)))
 
@@ -149,20 +88,14 @@ def _backend(language: str):
     return EspeakBackend(language, preserve_punctuation=True, with_stress=True, logger=quiet)
 
 
-def phonemes(text: str, language: str = "en-us") -> str:
-    """IPA of ``text`` as espeak-ng gives it; ``language`` is en-us or en-gb."""
-    return _backend(language).phonemize([text])[0].strip()
-
-
-def phone_symbols(ipa: str) -> list[str]:
-    """IPA -> symbols of ``SYMBOLS``; marks outside the set are left out."""
-    ipa = ipa.replace("ˌ", "").replace("“", '"').replace("”", '"')
-    return _UNIT.findall(ipa)
-
-
 def phone_ids(text: str, language: str = "en-us") -> list[int]:
-    """Text -> ids into ``SYMBOLS``. Raises InputError if nothing in it can be spoken."""
-    ids = [SYMBOL_ID[s] for s in phone_symbols(phonemes(text, language))]
+    """Text -> ids into ``SYMBOLS``, as espeak-ng reads it in ``language`` (en-us or en-gb).
+
+    Marks outside of ``SYMBOLS`` are left out. InputError if nothing in the text can be spoken.
+    """
+    ipa = _backend(language).phonemize([text])[0].strip()
+    ipa = ipa.replace("ˌ", "").replace("“", '"').replace("”", '"')
+    ids = [SYMBOL_ID[symbol] for symbol in _UNIT.findall(ipa)]
     if all(SYMBOLS[i] in PUNCTUATION for i in ids):
         raise InputError(f"text {text[:40]!r} has nothing that can be spoken: give English words")
     return ids
@@ -174,15 +107,16 @@ def plain_phones(ids: list[int]) -> list[int]:
     return [SYMBOL_ID[s] for s in bare if s not in PUNCTUATION]
 
 
-def prompt(phones: list[int], voice: str | None, prompt_phones: Sequence[int] = ()) -> list[int]:
-    """Text ids in CosyVoice's layout; speech tokens follow.
+def prompt_and_text(
+    phones: Sequence[int], voice: str | None, prompt_phones: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
+    """Phones -> (prompt text, text), text ids in CosyVoice's layout (``SpeechLM.prefix``).
 
-    With a voice: [start][voice][phones...][task]. Zero-shot, as CosyVoice's: [start][prompt
-    phones...][space][phones...][task], then the prompt's speech tokens, and no voice token.
+    With a voice: [start][voice] and [phones...][task]. Zero-shot, as CosyVoice's: [start][prompt
+    phones...][space] and [phones...][task], to be followed by the prompt's speech tokens; no voice token.
     """
-    if prompt_phones:
-        return [START, *prompt_phones, SYMBOL_ID[" "], *phones, TASK]
-    return [START, len(SYMBOLS) + VOICES.index(voice), *phones, TASK]
+    before = [*prompt_phones, SYMBOL_ID[" "]] if len(prompt_phones) else [len(SYMBOLS) + VOICES.index(voice)]
+    return [START, *before], [*phones, TASK]
 
 
 def language(voice: str) -> str:

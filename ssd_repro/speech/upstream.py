@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..decoding.result import DecodeConfig, DecodeResult
+from ..decoding.result import DecodeResult
 from ..decoding.sampling import Sampler
 from ..decoding.speculative import stream
 from ..errors import InputError, check_number
@@ -25,8 +25,21 @@ from ..models.checkpoints import load_draft
 from ..models.cosyvoice import LAYOUTS, SPEECH_TOKENS, CosyVoiceLM
 from ..models.speech_lm import SpeechLM
 
-OnResult = Callable[[str, DecodeResult], None]
 CLASSES = {"Qwen2LM": 2, "CosyVoice3LM": 3}  # upstream's name -> version
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """What ``accelerate`` did to the model of a CosyVoice object."""
+
+    model: object
+    tokens: Callable  # in place of its language model's inference_wrapper
+
+    def undo(self) -> None:
+        """Back to upstream's own generator; for the second time InputError."""
+        if vars(self.model.llm).get("inference_wrapper") is not self.tokens:
+            raise InputError("this acceleration is undone already.")
+        del self.model.llm.inference_wrapper, self.model.tts
 
 
 def accelerate(
@@ -35,7 +48,7 @@ def accelerate(
     tolerance: float = 0.4,
     draft_length: int = 3,
     seed: int = 0,
-    on_result: OnResult | None = None,
+    on_result: Callable[[str, DecodeResult], None] | None = None,
 ) -> Accelerated:
     """Make an upstream CosyVoice2 or CosyVoice3 object decode speculatively, until ``undo()``.
 
@@ -49,72 +62,48 @@ def accelerate(
                  plays no part
     on_result    called in the decoding thread with upstream's uuid and the DecodeResult
 
-    The law is that of the checkout that made the object (``upstream_law``); with tolerance 0
-    the tokens follow it exactly. Upstream pins transformers 4.51.3; with transformers 5, which
-    this package needs, its own generator computes wrong logits from the second token on (it
-    gives the cache a mask of one position). The replaced one does not: draft=None is the
-    baseline there.
+    The sampling is that of the checkout that made the object (``upstream_sampling``); with
+    tolerance 0 the tokens follow its distribution exactly. Upstream pins transformers 4.51.3; with
+    transformers 5, which this package needs, its own generator computes wrong logits from the
+    second token on (it gives the cache a mask of one position). The replaced one does not:
+    draft=None is the baseline there.
 
     InputError: another object, one loaded with load_vllm=True, one already accelerated, a
     draft that does not fit, settings out of range; and later, in the caller's thread, text
     given as a generator (streaming text is not accelerated: give a string, or undo() first).
     """
-    return Accelerated(cosyvoice, draft, tolerance, draft_length, seed, on_result)
+    target, model, llm = target_of(cosyvoice), cosyvoice.model, cosyvoice.model.llm
+    if "inference_wrapper" in vars(llm):
+        raise InputError("this CosyVoice object is accelerated already: call undo() on the first result.")
+    check_number("seed", seed, 0, 2**62, whole=True)
+    sampler, banned = upstream_sampling(llm)
+    draft = load_draft(Path(draft), target) if isinstance(draft, (str, Path)) else draft
+    _check_draft(draft, target)
+    fields = {"sampler": sampler, "banned_ids": banned, "draft_length": draft_length, "tolerance": tolerance}
+    settings = target.layout.config(1, **fields)
+    seeds = itertools.count(seed)  # next() on a count is atomic
 
-
-class Accelerated:
-    """What ``accelerate`` did to a CosyVoice object; ``undo()`` takes it back."""
-
-    def __init__(self, cosyvoice, draft, tolerance, draft_length, seed, on_result) -> None:
-        self.target = target_of(cosyvoice)
-        self.model, self.llm = cosyvoice.model, cosyvoice.model.llm
-        if "inference_wrapper" in vars(self.llm):
-            raise InputError("this CosyVoice object is accelerated already: call undo() on the first result.")
-        check_number("seed", seed, 0, 2**62, whole=True)
-        sampler, banned = upstream_law(self.llm)
-        self.draft = load_draft(Path(draft), self.target) if isinstance(draft, (str, Path)) else draft
-        if self.draft is not None:
-            _check_draft(self.draft, self.target)
-        self.config = DecodeConfig(
-            sampler=sampler,
-            max_tokens=1,
-            stop_ids=self.target.layout.stop_ids,
-            banned_ids=banned,
-            draft_length=draft_length,
-            tolerance=tolerance,
-        )
-        self.seeds, self.on_result = itertools.count(seed), on_result  # next() on a count is atomic
-        self.llm.inference_wrapper = self._tokens
-        self.model.tts = _refuse_streaming_text(self.model.tts)
-
-    def undo(self) -> None:
-        """Back to upstream's own generator; for the second time InputError."""
-        if vars(self.llm).get("inference_wrapper") != self._tokens:
-            raise InputError("this acceleration is undone already.")
-        del self.llm.inference_wrapper, self.model.tts
-
-    def _tokens(self, lm_input: Tensor, sampling: int, min_len: int, max_len: int, uuid: str) -> Iterator[int]:
+    def tokens(lm_input: Tensor, sampling: int, min_len: int, max_len: int, uuid: str) -> Iterator[int]:
         """In place of Qwen2LM.inference_wrapper: speech tokens one by one, as soon as they are final.
 
         lm_input: the prompt's embeddings (1, T, hidden). sampling: unused by upstream's RAS, too.
         """
-        generator = torch.Generator(lm_input.device).manual_seed(next(self.seeds))
+        generator = torch.Generator(lm_input.device).manual_seed(next(seeds))
         if max_len < 1:
             return
-        config = replace(self.config, min_tokens=min(min_len, max_len), max_tokens=max_len)
-        rounds = stream(self.target, self.draft, lm_input, config, generator)
-        result = yield from _one_by_one(rounds)
-        if self.on_result:
-            self.on_result(uuid, result)
+        config = replace(settings, min_tokens=min(min_len, max_len), max_tokens=max_len)
+        rounds = stream(target, draft, lm_input, config, generator)
+        while True:
+            try:
+                final = next(rounds)
+            except StopIteration as end:
+                if on_result:
+                    on_result(uuid, end.value)
+                return
+            yield from final
 
-
-def _one_by_one(rounds: Generator[list[int], None, DecodeResult]) -> Generator[int, None, DecodeResult]:
-    while True:
-        try:
-            tokens = next(rounds)
-        except StopIteration as end:
-            return end.value
-        yield from tokens
+    llm.inference_wrapper, model.tts = tokens, _refuse_streaming_text(model.tts)
+    return Accelerated(model, tokens)
 
 
 def _refuse_streaming_text(tts: Callable) -> Callable:
@@ -123,10 +112,7 @@ def _refuse_streaming_text(tts: Callable) -> Callable:
     @wraps(tts)
     def checked(text=None, *args, **kwargs):
         if isinstance(text, Generator):
-            raise InputError(
-                "text given as a generator (streaming text) is not accelerated: give the text as one string, or call "
-                "undo() first."
-            )
+            raise InputError("streaming text (a generator) is not accelerated: give one string, or call undo() first.")
         return tts(*args, **kwargs) if text is None else tts(text, *args, **kwargs)
 
     return checked
@@ -141,8 +127,8 @@ def target_of(cosyvoice) -> CosyVoiceLM:
     version = CLASSES.get(type(llm).__name__)
     if version is None or not hasattr(llm, "inference_wrapper"):
         raise InputError(
-            f"{type(cosyvoice).__name__} with a language model of class {type(llm).__name__} cannot be accelerated: give "
-            "an upstream CosyVoice2 or CosyVoice3 object (a commit since May 2025)."
+            f"{type(cosyvoice).__name__} with a language model of class {type(llm).__name__} cannot be accelerated: "
+            "give an upstream CosyVoice2 or CosyVoice3 object (a commit since May 2025)."
         )
     if hasattr(llm, "vllm"):
         raise InputError("this CosyVoice object decodes with vLLM: load it with load_vllm=False.")
@@ -163,7 +149,7 @@ def target_of(cosyvoice) -> CosyVoiceLM:
     return target.eval()
 
 
-def upstream_law(llm) -> tuple[Sampler, tuple[int, ...]]:
+def upstream_sampling(llm) -> tuple[Sampler, tuple[int, ...]]:
     """(sampler, ids banned before the minimum length) of an upstream language model, by trying its code.
 
     Two things have changed in upstream: whether RAS masks the token that repeats (f2ddcbe,
@@ -194,25 +180,22 @@ def upstream_law(llm) -> tuple[Sampler, tuple[int, ...]]:
     masked, redrawn = (tuple(t for t, seen in tried.items() if seen[i]) for i in (0, 1))
     if bool(masked) == bool(redrawn):
         raise InputError("this commit of CosyVoice treats ignore_eos in an unknown way; pass another checkout.")
-    sampler = Sampler(
-        top_k=given["top_k"],
-        top_p=given["top_p"],
-        ras_window=given["win_size"],
-        ras_tau=given["tau_r"],
-        ras_masks_repeat=masks_repeat,
-        bans_by_mask=bool(masked),
-    )
-    return sampler, masked or redrawn
+    names = {"top_k": "top_k", "top_p": "top_p", "win_size": "ras_window", "tau_r": "ras_tau"}  # upstream's -> ours
+    settings = {ours: given[theirs] for theirs, ours in names.items()}
+    return Sampler(**settings, ras_masks_repeat=masks_repeat, bans_by_mask=bool(masked)), masked or redrawn
 
 
-def _check_draft(draft: SpeechLM, target: SpeechLM) -> None:
+def _check_draft(draft: SpeechLM | None, target: SpeechLM) -> None:
+    if draft is None:
+        return
     if not isinstance(draft, SpeechLM):
         raise InputError(f"draft is {draft!r}; it must be a draft's folder, a SpeechLM or None.")
-    for what, mine, its in (
-        ("hidden size", draft.model.config.hidden_size, target.model.config.hidden_size),
-        ("speech vocabulary", draft.head.out_features, target.head.out_features),
-        ("device", draft.head.weight.device, target.head.weight.device),
-        ("precision", draft.head.weight.dtype, target.head.weight.dtype),
-    ):
-        if mine != its:
-            raise InputError(f"the draft's {what} is {mine}, the target's {its}: they must be the same.")
+    heads = draft.head.weight, target.head.weight
+    for what, (found, wanted) in {
+        "speech vocabulary": [len(head) for head in heads],
+        "hidden size": [head.shape[1] for head in heads],
+        "device": [head.device for head in heads],
+        "precision": [head.dtype for head in heads],
+    }.items():
+        if found != wanted:
+            raise InputError(f"the draft's {what} is {found}, the target's {wanted}: they must be the same.")

@@ -1,78 +1,82 @@
-"""Text -> prompt -> speech tokens -> waveform, three ways, with the bundled voice."""
+"""Text -> prompt -> speech tokens -> waveform, three ways, with any front."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..decoding.result import DecodeConfig, DecodeResult
+from ..decoding.drafters import LanguageModel
+from ..decoding.result import PHASES, Clock, DecodeConfig, DecodeResult
 from ..decoding.sampling import Sampler
 from ..decoding.speculative import autoregressive, speculative
 from ..errors import InputError, check_number
-from ..models.codec import SAMPLE_RATE, TOKEN_RATE, Codec
-from ..models.runtimes.graphs import StaticLM
 from ..models.speech_lm import SpeechLM
-from .audio import read_audio
-from .sentences import Utterance, utterances
-from .take import PAUSE_SECONDS, Take
-from .text import check_text, language, phone_ids, prompt, sentences
+from .sentences import Utterance
+from .take import Take
+from .text import check_text
 
 METHODS = ("autoregressive", "draft", "speculative")
 
 
-def decode_config(phones: int, ratio: tuple[float, float], stop_ids: tuple[int, ...], **fields) -> DecodeConfig:
-    """Upstream's rule of lengths with our ``ratio``: least and most speech tokens a text token."""
-    low, high = ratio
-    lengths = {"max_tokens": math.ceil(phones * high) + TOKEN_RATE, "min_tokens": math.floor(phones * low)}
-    return DecodeConfig(**({"stop_ids": stop_ids} | lengths | fields))
+class Front(Protocol):
+    """What stands around the language model: text -> tokens before it, speech tokens -> sound behind it."""
+
+    name: str  # bundled, upstream or tokens
+    names: tuple[str, ...]  # of its voices
+    sampler: Sampler
+    audible: bool  # False: no waveform is made, and none is measured
+    sample_rate: int
+    gap_seconds: float  # silence between the pieces of a long text
+
+    def pieces(self, text: str, voice: str) -> list[list[int]]:
+        """Text token ids of each piece that is spoken at once."""
+
+    def prompt(self, piece: list[int], voice: str) -> tuple[list[int], list[int], list[int]]:
+        """(text, prompt text, prompt speech) for ``SpeechLM.prefix``."""
+
+    def config(self, text_tokens: int, **fields) -> DecodeConfig:
+        """Lengths and stop tokens for a piece of so many tokens; fields: the others of DecodeConfig, which win."""
+
+    def vocode(self, tokens: tuple[int, ...], voice: str) -> np.ndarray:
+        """Speech tokens, at least one -> float32 (samples,) at ``sample_rate``."""
+
+    def reference(self, voice: str) -> np.ndarray:
+        """Speech of ``voice``, float32 (samples,) at ``sample_rate``: what similarity is measured against."""
+
+    def utterances(self, count: int, seed: int = 0) -> list[Utterance]:
+        """``count`` utterances for an experiment, by ``seed`` alone."""
 
 
 class Voice:
-    """The bundled voice: text front end, target, draft, codec. Made by :func:`load`."""
+    """A front, a target and a draft that speak together. Made by :func:`load`.
 
-    sample_rate = SAMPLE_RATE
-    gap_seconds = PAUSE_SECONDS
-    front_end = "bundled"  # a CosyVoice's is upstream's, or tokens alone
-    audible = True  # False: no waveform is made, and none is measured
-    precision, compile = "fp32", False  # how the models run: a row's settings, as timings depend on it
+    models: target and draft as they decode, themselves or in a runtime. threads: of torch, on the CPU.
+    """
 
     def __init__(
         self,
-        codec: Codec,
+        front: Front,
         target: SpeechLM,
         draft: SpeechLM,
-        about: dict,
-        folder: Path,
+        weights_id: str,
         device: str,
+        models: tuple[LanguageModel, LanguageModel] | None = None,
         precision: str = "fp32",
         compile: bool = False,
-        max_length: int = 1024,
-    ):
-        self.device = torch.device(device)
-        self.codec, self.target, self.draft = (
-            codec.to(self.device),
-            target.to(self.device).cast(precision),
-            draft.to(self.device).cast(precision),
-        )
-        self.precision, self.compile = precision, compile
-        # What decodes: the models as they are, or in static caches, compiled.
-        self.models = tuple(
-            StaticLM(lm, max_length, compile=True) if compile else lm for lm in (self.target, self.draft)
-        )
-        for module in (self.codec, self.target, self.draft):
-            module.requires_grad_(False)
-        self.about, self.folder = about, folder
-        self.names: tuple[str, ...] = tuple(about["voices"])
-        self.sampler = Sampler(**about["sampler"])
-        self.weights_id = hashlib.sha256("".join(sorted(about["sha256"].values())).encode()).hexdigest()[:12]
+        threads: int = 1,
+    ) -> None:
+        self.front, self.target, self.draft, self.models = front, target, draft, models or (target, draft)
+        self.device, self.weights_id = torch.device(device), weights_id
+        self.precision, self.compile, self.threads = precision, compile, threads
+        self.front_end, self.names, self.sampler = front.name, front.names, front.sampler
+        self.audible, self.sample_rate, self.gap_seconds = front.audible, front.sample_rate, front.gap_seconds
+        self.vocode, self.reference, self.utterances = front.vocode, front.reference, front.utterances
 
     def check(
         self, text, method="speculative", voice="af_heart", tolerance=0.4, draft_length=3, seed=0, temperature=None
@@ -84,42 +88,23 @@ class Voice:
             more = f" and {len(self.names) - 9} more" if len(self.names) > 9 else ""
             raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names[:9])}{more}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
-        self.config(1, tolerance, draft_length, **self.sampling(temperature))
+        self.config(1, tolerance, draft_length, **self._sampling(temperature))
         return check_text(text)
 
-    def sampling(self, temperature: float | None) -> dict:
+    def _sampling(self, temperature: float | None) -> dict:
         """What ``config`` gets for another sampling temperature than the voice's own (None)."""
         return {} if temperature is None else {"sampler": replace(self.sampler, temperature=temperature)}
 
-    def config(self, phones: int, tolerance: float, draft_length: int, **other) -> DecodeConfig:
-        """Decoding settings for a sentence of ``phones`` text tokens."""
-        book, ratio = self.codec.config.codebook_size, self.about["token_text_ratio"]
-        stops = tuple(range(book, self.about["speech_vocab"]))
+    def config(self, text_tokens: int, tolerance: float, draft_length: int, **other) -> DecodeConfig:
+        """Decoding settings for a piece of ``text_tokens`` tokens; ``other`` fields win."""
         settings = {"sampler": self.sampler, "tolerance": tolerance, "draft_length": draft_length}
-        return decode_config(phones, ratio, stops, **(settings | other))
+        return self.front.config(text_tokens, **(settings | other))
 
-    def prefix(self, phones: list[int], voice: str) -> Tensor:
-        """Prompt embeddings (1, T, hidden), zero-shot: the voice's prompt text, this text, the prompt's speech.
-
-        A voice folder without prompts has a token for each voice instead (text.prompt).
-        """
-        shown = self.about.get("prompts", {}).get(voice, {"phones": [], "codes": []})
-        ids = torch.tensor([prompt(phones, voice, shown["phones"])], device=self.device)
-        codes = torch.tensor([shown["codes"]], dtype=torch.long, device=self.device)
-        return torch.cat([self.target.model.embed_tokens(ids), self.target.speech_embedding(codes)], 1)
-
-    def text_ids(self, text: str, voice: str) -> list[list[int]]:
-        """Text token ids of each piece of ``text``."""
-        return [phone_ids(piece, language(voice)) for piece in sentences(text)]
-
-    def vocode(self, tokens: tuple[int, ...], voice: str) -> np.ndarray:
-        """Speech tokens -> float32 (samples,) at ``sample_rate``."""
-        return self.codec.decode(torch.tensor(tokens, device=self.device), self.names.index(voice))
-
-    def utterances(self, count: int, seed: int = 0) -> list[Utterance]:
-        """The first ``count`` held-out sentences, the voices in turn (``sentences.utterances``)."""
-
-        return utterances(count, self.names, seed)
+    @torch.inference_mode()
+    def prefix(self, piece: list[int], voice: str) -> Tensor:
+        """A piece's text token ids -> embeddings (1, T, hidden) of all that stands before its speech."""
+        parts = self.front.prompt(piece, voice)
+        return self.target.prefix(*(torch.tensor(ids, dtype=torch.int64, device=self.device) for ids in parts))
 
     def speak(
         self,
@@ -132,7 +117,7 @@ class Voice:
         on_tokens: Callable[[list[int]], None] | None = None,
         temperature: float | None = None,
     ) -> Take:
-        """Speak ``text``; long text sentence by sentence. The same seed and settings give the same tokens.
+        """Speak ``text``; long text piece by piece. The same seed and settings give the same tokens.
 
         ``on_tokens`` is called with new speech tokens as they are accepted; ``temperature`` is
         that of draft and target, the voice's own by default. Raises InputError.
@@ -140,48 +125,49 @@ class Voice:
         text = self.check(text, method, voice, tolerance, draft_length, seed, temperature)
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
-        pieces = self.text_ids(text, voice)
-        seconds = {"text": time.perf_counter() - began}
-        results, audio = [], []
-        spent = 0.0
-        for phones in pieces:
+        pieces = self.front.pieces(text, voice)
+        text_seconds, codec_seconds = time.perf_counter() - began, 0.0
+        results, audio, gap = [], [], np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
+        for piece in pieces:
             result = self.decode(
-                phones, method, voice, tolerance, draft_length, generator, on_tokens, **self.sampling(temperature)
+                piece, method, voice, tolerance, draft_length, generator, on_tokens, **self._sampling(temperature)
             )
             results.append(result)
             began = time.perf_counter()
-            audio += [self.vocode(result.tokens, voice)]
-            audio += [np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)]
-            spent += time.perf_counter() - began
-        for phase in results[0].seconds:
-            seconds[phase] = sum(r.seconds[phase] for r in results)
+            if result.tokens:
+                audio += [gap, self.vocode(result.tokens, voice)]
+            codec_seconds += time.perf_counter() - began
+        phases = {phase: sum(r.seconds[phase] for r in results) for phase in PHASES}
         return Take(
-            method,
-            text,
-            voice,
-            tuple(t for r in results for t in r.tokens),
-            np.concatenate(audio[:-1]),
-            seconds | {"codec": spent},
-            tuple(results),
-            seed,
-            str(self.device),
-            tolerance,
-            draft_length,
-            self.sample_rate,
-            self.gap_seconds,
+            method=method,
+            text=text,
+            voice=voice,
+            token_ids=tuple(t for r in results for t in r.tokens),
+            audio=np.concatenate(audio[1:]) if audio else gap[:0],
+            seconds={"text": text_seconds, **phases, "codec": codec_seconds},
+            sentences=tuple(results),
+            seed=seed,
+            device=str(self.device),
+            tolerance=tolerance,
+            draft_length=draft_length,
+            sample_rate=self.sample_rate,
+            gap_seconds=self.gap_seconds,
         )
 
-    def decode(
-        self, phones, method, voice, tolerance, draft_length, generator, on_tokens=None, **other
-    ) -> DecodeResult:
-        """Speech tokens of one sentence of phone ids; ``other`` replaces decoding settings."""
-        config = self.config(len(phones), tolerance, draft_length, **other)
-        prefix = self.prefix(phones, voice)
+    def decode(self, piece, method, voice, tolerance, draft_length, generator, on_tokens=None, **other) -> DecodeResult:
+        """Speech tokens of one piece's text token ids; ``other`` replaces decoding settings.
+
+        Embedding the prompt counts as prefill; what a front prepares once for each of its voices does not.
+        """
+        config = self.config(len(piece), tolerance, draft_length, **other)
+        self.front.prompt(piece, voice)  # prepared from here on
+        clock = Clock(self.device)
+        prefix = self.prefix(piece, voice)
+        clock.lap("prefill")
         target, draft = self.models
         if method == "speculative":
-            return speculative(target, draft, prefix, config, generator, on_tokens)
-        return autoregressive(draft if method == "draft" else target, prefix, config, generator, on_tokens)
-
-    def reference(self, voice: str) -> np.ndarray:
-        """Teacher speech of ``voice``, float32 (samples,) at 24 kHz: what similarity is measured against."""
-        return read_audio(self.folder / "references" / self.about["references"][voice], SAMPLE_RATE)
+            result = speculative(target, draft, prefix, config, generator, on_tokens)
+        else:
+            result = autoregressive(draft if method == "draft" else target, prefix, config, generator, on_tokens)
+        prefill = result.seconds["prefill"] + clock.seconds()["prefill"]
+        return replace(result, seconds=result.seconds | {"prefill": prefill})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -12,25 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from ..models.codec import (
-    APERIODICITY,
-    ENVELOPE,
-    FRAMES_PER_TOKEN,
-    LOG_F0,
-    SAMPLE_RATE,
-    TOKEN_RATE,
-    VOICED,
-    Codec,
-    CodecConfig,
-    analyse,
-    code_gain,
-    long_term_spectrum,
-    stack,
-)
+from .. import files
+from ..models import codec as wide
+from ..models.checkpoints import weights_sha256
+from ..models.codec import ENVELOPE, FRAMES_PER_TOKEN, LOG_F0, SAMPLE_RATE, TOKEN_RATE, VOICED, Codec, CodecConfig
 from ..speech.text import SYMBOLS, VOICES, language, phone_ids, plain_phones
-from .loop import Schedule, fit
-from .splice import Utterance
+from .loop import Settings, Task, train
+
+FEATURES_VERSION = 1  # to be raised when ``features_of`` gives something else for the same audio
+BLANK = len(SYMBOLS)
 
 
 @dataclass(frozen=True)
@@ -43,16 +37,21 @@ class Features:
     hint: Tensor
     phones: list[int]
 
+    def __len__(self) -> int:
+        return len(self.world) // FRAMES_PER_TOKEN
+
 
 class Hint:
     """Whisper encoder states of 24 kHz audio, 50 a second; ``model``: a CTranslate2 folder or hub name."""
 
     def __init__(self, model: str):
-        from faster_whisper import WhisperModel
+        from faster_whisper import WhisperModel, download_model
 
+        folder = Path(model) if Path(model).is_dir() else Path(download_model(model))
         # CTranslate2 sets torch's number of threads, too: to what it is.
         threads = torch.get_num_threads()
-        self.model = WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=threads)
+        self.model = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=threads)
+        self.digest = files.file_digest(folder / "model.bin")
 
     def __call__(self, audio: np.ndarray, tokens: int) -> np.ndarray:
         import librosa
@@ -62,22 +61,29 @@ class Hint:
         return np.array(self.model.encode(mel))[0]
 
 
+def features_of(audio: np.ndarray, hint: Hint) -> dict[str, np.ndarray]:
+    """``world`` and ``hint`` of ``audio`` (samples,) at 24 kHz."""
+    tokens = len(audio) // (SAMPLE_RATE // TOKEN_RATE)
+    return {"world": wide.analyse(audio)[: FRAMES_PER_TOKEN * tokens], "hint": hint(audio, tokens)}
+
+
 def featurise(audio: Path, row: dict[str, str], hint: Hint, folder: Path) -> Features:
-    """Features of one corpus row (see corpus.py), kept in ``folder`` as fp16 so that a second run reads them."""
+    """Features of one corpus row (see corpus.py), kept in ``folder`` as fp16 so that a second run reads them.
+
+    A file is named by what made it: the audio, the hint's weights, the version of the analysis.
+    """
     import soundfile
 
-    kept = folder / f"{row['id']}.npz"
-    if not kept.exists():
+    made_by = f"{FEATURES_VERSION} {hint.digest} {files.sha256(audio)}"
+    path = folder / f"{row['id']}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.npz"
+    if not path.exists():
         samples, rate = soundfile.read(audio, dtype="float32")
         assert rate == SAMPLE_RATE, rate
-        tokens = len(samples) // (SAMPLE_RATE // TOKEN_RATE)
-        world = analyse(samples)[: FRAMES_PER_TOKEN * tokens]
-        part = kept.with_name(f".{kept.name}")
-        np.savez(part, world=world.astype(np.float16), hint=hint(samples, tokens).astype(np.float16))
-        part.replace(kept)
-    with np.load(kept) as stored:
-        world, states = (torch.from_numpy(stored[k].astype(np.float32)) for k in ("world", "hint"))
-    return Features(row["id"], row["voice"], world, states.half(), phone_ids(row["text"], language(row["voice"])))
+        with files.replacing(path) as part, part.open("wb") as out:
+            np.savez(out, **{name: value.astype(np.float16) for name, value in features_of(samples, hint).items()})
+    with np.load(path) as stored:
+        world, states = (torch.from_numpy(stored[name]) for name in ("world", "hint"))
+    return Features(row["id"], row["voice"], world.float(), states, phone_ids(row["text"], language(row["voice"])))
 
 
 class PhoneHead(nn.Module):
@@ -85,33 +91,27 @@ class PhoneHead(nn.Module):
 
     def __init__(self, digits: int, width: int = 256):
         super().__init__()
-        self.i = nn.Linear(digits, width)
-        self.b = stack(width, 2)
-        self.up = nn.Linear(width, 2 * width)
-        self.b2 = stack(width, 1)
-        self.o = nn.Linear(width, len(SYMBOLS) + 1)
+        self.at_25_hz = nn.Sequential(nn.Linear(digits, width), wide.stack(width, 2), nn.Linear(width, 2 * width))
+        self.at_50_hz = nn.Sequential(wide.stack(width, 1), nn.Linear(width, len(SYMBOLS) + 1))
 
     def forward(self, digits: Tensor) -> Tensor:
-        x = self.up(self.b(self.i(digits)))
-        return self.o(self.b2(x.reshape(x.shape[0], -1, x.shape[2] // 2))).float()
+        x = self.at_25_hz(digits)
+        return self.at_50_hz(x.reshape(len(x), -1, x.shape[2] // 2)).float()
 
 
-class CodecTrainer(nn.Module):
-    """The codec in training. Weights of the loss terms: ``WEIGHTS``; ``phone_weight`` 0 is reconstruction alone."""
+class CodecTask(Task):
+    """The codec in training, with a head that reads phones from the codes (``phone_weight`` 0: reconstruction alone).
+
+    kept: a codec that stays as it is; the head alone learns. Weights of the loss terms: ``WEIGHTS``.
+    """
 
     WEIGHTS = {"envelope": 1.0, "spectrum": 2.0, "aperiodicity": 0.3, "f0": 0.5, "voiced": 0.3, "delta": 0.3}
+    FLIP, HINT_DROPOUT = 0.04, 0.15
 
-    def __init__(
-        self,
-        train: list[Features],
-        config: CodecConfig = CodecConfig(),
-        phone_weight: float = 0.25,
-        flip: float = 0.04,
-    ):
+    def __init__(self, learned: list[Features], config: CodecConfig, phone_weight: float, kept: Codec | None = None):
         super().__init__()
-        self.codec, self.phone_head = Codec(config), PhoneHead(config.digits)
-        self.phone_weight, self.flip = phone_weight, flip
-        world = torch.cat([f.world for f in train[:400]])
+        self.codec, self.phone_head, self.phone_weight = Codec(config), PhoneHead(config.digits), phone_weight
+        world = torch.cat([f.world for f in learned[:400]])
         self.codec.mean.copy_(world.mean(0))
         self.codec.std.copy_(world.std(0))
         self.codec.mean[VOICED] = self.codec.std[VOICED] = 0.5
@@ -121,61 +121,62 @@ class CodecTrainer(nn.Module):
         self.register_buffer("to_spectrum", self.codec.std[:ENVELOPE, None] * cosines, persistent=False)
         normal = self.codec.normalise(world[:20_000])[:, :ENVELOPE]
         self.spectrum_scale = float((normal @ self.to_spectrum).std())
+        if kept:
+            self.codec.load_state_dict(kept.state_dict())
+            self.codec.requires_grad_(False)
 
-    def collate(self, batch: list[Features], rng: random.Random):
-        """Pad; half the time shift the 40 ms grid by 20 ms -> world, hint, mask (B, N), voices, CTC labels."""
-        cut = [rng.randrange(2) if self.training else 0 for _ in batch]
-        counts = [len(f.world[4 * c : len(f.world) - 4 * c]) // FRAMES_PER_TOKEN for f, c in zip(batch, cut)]
-        tokens = max(counts)
-        world = self.codec.mean.expand(len(batch), FRAMES_PER_TOKEN * tokens, -1).clone()
-        hint = torch.zeros(len(batch), 2 * tokens, self.codec.config.hint)
-        mask = torch.zeros(len(batch), tokens)
-        for i, (f, c, n) in enumerate(zip(batch, cut, counts)):
-            world[i, : FRAMES_PER_TOKEN * n] = f.world[4 * c :][: FRAMES_PER_TOKEN * n]
-            hint[i, : 2 * n] = f.hint[c:][: 2 * n].float()
-            mask[i, :n] = 1
-        voices = torch.tensor([VOICES.index(f.voice) for f in batch])
-        return world, hint, mask, voices, [plain_phones(f.phones) for f in batch]
+    def labels(self, item: Features) -> int:
+        return len(item)
 
-    def loss(self, batch: list[Features], rng: random.Random) -> dict[str, Tensor]:
-        """L1 on normalised features and on the log spectrum, CTC on the codes; evaluating adds the phone error rate."""
-        world, hint, mask, voices, labels = self.collate(batch, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            if self.training:
-                hint = hint * F.dropout(torch.ones(len(hint), 1, hint.shape[2]), 0.15)
-            digits = self.codec.quantise(self.codec.digits(world, hint))
-            spoken = digits
-            if self.training:  # wrong digits: the decoder must bear a language model's mistakes
-                spoken = torch.where(
-                    torch.rand_like(digits) < self.flip, torch.randint(-1, 2, digits.shape).float(), digits
-                )
-            made = self.codec.decode_digits(spoken, voices)
-            logits = self.phone_head(digits)
-        terms = self.distances(
-            made, self.codec.normalise(world), mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None]
-        )
-        total = sum(self.WEIGHTS[name] * value for name, value in terms.items())
-        log_probs, frames = logits.log_softmax(-1), (mask.sum(1) * 2).long()
-        lengths = torch.tensor([len(x) for x in labels])
-        ctc = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            torch.tensor(sum(labels, [])),
-            frames,
-            lengths,
-            blank=len(SYMBOLS),
-            zero_infinity=True,
-            reduction="none",
-        )
-        terms["ctc"] = (ctc / lengths).mean()
-        terms["total"] = total + self.phone_weight * terms["ctc"]
+    def draw(self, items: list[Features], rng: random.Random) -> list[Features]:
+        """Half the time shift the 40 ms grid by 20 ms."""
         if not self.training:
-            best = log_probs.argmax(-1)
-            heard = [[p for p, _ in groupby(b[:n].tolist()) if p != len(SYMBOLS)] for b, n in zip(best, frames)]
-            wrong = sum(edit_distance(h, x) for h, x in zip(heard, labels))
-            terms["phone_error_rate"] = torch.tensor(wrong / int(lengths.sum()))
+            return items
+        return [replace(f, world=f.world[4:-4], hint=f.hint[1:-1]) if rng.randrange(2) else f for f in items]
+
+    def _padded(self, items: list[Features]) -> tuple[Tensor, Tensor, Tensor]:
+        """world (B, 8N, 45), padded with its mean; hint (B, 2N, 384); mask (B, N)."""
+        device = self.codec.mean.device
+        world = pad_sequence([f.world for f in items], True, math.nan).to(device)
+        hint = pad_sequence([f.hint.float() for f in items], True).to(device)
+        mask = pad_sequence([torch.ones(len(f)) for f in items], True).to(device)
+        return torch.where(world.isnan(), self.codec.mean, world), hint, mask
+
+    def forward(self, items: list[Features]) -> dict[str, Tensor]:
+        """L1 on normalised features and on the log spectrum, CTC on the codes; evaluating adds the phone error rate."""
+        world, hint, mask = self._padded(items)
+        voices = torch.tensor([VOICES.index(f.voice) for f in items], device=world.device)
+        with self.autocast():
+            if self.training:
+                hint = hint * F.dropout(hint.new_ones(len(hint), 1, hint.shape[2]), self.HINT_DROPOUT)
+            digits = self.codec.quantise(self.codec.digits(world, hint))
+            shown = digits
+            if self.training:  # wrong digits: the decoder must bear a language model's mistakes
+                wrong = torch.rand_like(digits) < self.FLIP
+                shown = torch.where(wrong, torch.randint_like(digits, -1, 2), digits)
+            made, logits = self.codec.decode_digits(shown, voices), self.phone_head(digits)
+        frames = mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None]
+        terms = self._distances(made, self.codec.normalise(world), frames)
+        total = sum(self.WEIGHTS[name] * value for name, value in terms.items())
+        return terms | self._phones(logits, (mask.sum(1) * 2).long(), [plain_phones(f.phones) for f in items], total)
+
+    def _phones(self, logits: Tensor, frames: Tensor, labels: list[list[int]], total: Tensor) -> dict[str, Tensor]:
+        """CTC of (B, 2N, phones + blank) logits, the whole loss, and when evaluating the phone error rate."""
+        from torchmetrics.functional.text import edit_distance
+
+        log_probs, lengths = logits.log_softmax(-1), torch.tensor([len(x) for x in labels], device=logits.device)
+        wanted = torch.tensor(sum(labels, []), device=logits.device)
+        options = {"blank": BLANK, "zero_infinity": True, "reduction": "none"}
+        ctc = (F.ctc_loss(log_probs.transpose(0, 1), wanted, frames, lengths, **options) / lengths).mean()
+        terms = {"ctc": ctc, "loss": total + self.phone_weight * ctc}
+        if not self.training:
+            best = zip(log_probs.argmax(-1).tolist(), frames.tolist(), strict=True)
+            read = ["".join(chr(p) for p, _ in groupby(b[:n]) if p != BLANK) for b, n in best]
+            wrong = edit_distance(read, ["".join(map(chr, x)) for x in labels], reduction="sum")
+            terms["phone_error_rate"] = wrong / lengths.sum()
         return terms
 
-    def distances(self, made: Tensor, wanted: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def _distances(self, made: Tensor, wanted: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Mean absolute distances of normalised features (B, 8N, 45) where ``mask`` (B, 8N, 1) is 1."""
         error, count = (made - wanted) * mask, mask.sum()
         envelope = error[..., :ENVELOPE]
@@ -183,50 +184,30 @@ class CodecTrainer(nn.Module):
         return {
             "envelope": envelope.abs().sum() / count / ENVELOPE,
             "spectrum": (envelope @ self.to_spectrum).abs().sum() / count / ENVELOPE / self.spectrum_scale,
-            "aperiodicity": error[..., ENVELOPE:LOG_F0].abs().sum() / count / APERIODICITY,
+            "aperiodicity": error[..., ENVELOPE:LOG_F0].abs().sum() / count / wide.APERIODICITY,
             "f0": (error[..., LOG_F0].abs() * voiced).sum() / voiced.sum(),
             "voiced": error[..., VOICED].abs().sum() / count,
             "delta": (envelope[:, 1:] - envelope[:, :-1]).abs().sum() / count / ENVELOPE,
         }
 
 
-def edit_distance(a: list, b: list) -> int:
-    """Levenshtein distance of two sequences."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
-
-
 def train_codec(
-    train: list[Features],
+    learned: list[Features],
     dev: list[Features],
-    schedule: Schedule,
-    checkpoint: Path,
+    settings: Settings,
+    out: Path,
+    phone_weight: float = 0.25,
+    kept: Codec | None = None,
+    config: CodecConfig | None = None,
     log=print,
-    keep: Codec | None = None,
-    **settings,
-) -> tuple[CodecTrainer, list[dict]]:
-    """Train codec and phone head together -> (trainer, log rows); ``keep``: a codec that stays as it is."""
-    torch.manual_seed(schedule.seed)
-    trainer = CodecTrainer(train, **settings)
-    if keep:
-        trainer.codec.load_state_dict(keep.state_dict())
-        trainer.codec.requires_grad_(False)
-    rows = fit(
-        trainer,
-        [{"params": [p for p in trainer.parameters() if p.requires_grad]}],
-        trainer.loss,
-        train,
-        lambda f: len(f.world),
-        schedule,
-        checkpoint,
-        dev,
-        log,
-    )
-    return trainer, rows
+) -> tuple[CodecTask, list[dict]]:
+    """Train codec and phone head together, or for a ``kept`` codec the head -> (task on the CPU, log rows)."""
+    torch.manual_seed(settings.seed)
+    config = config or CodecConfig()
+    task = CodecTask(learned, config, phone_weight, kept)
+    facts = {"phone_weight": phone_weight, "begin": weights_sha256(kept, torch.float32) if kept else ""}
+    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(config)}, log=log)
+    return task.cpu(), rows
 
 
 def codes_of(codec: Codec, f: Features) -> Tensor:
@@ -235,38 +216,44 @@ def codes_of(codec: Codec, f: Features) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(codec: Codec, items: list[tuple[Features, np.ndarray]]) -> None:
-    """Set the codec's ``scale`` and ``shift`` of every voice from teacher speech (features, audio at 24 kHz).
+def resynthesise(codec: Codec, audio: np.ndarray, voice: str, hint: Hint) -> np.ndarray:
+    """``audio`` (samples,) at 24 kHz through the codec."""
+    world, states = (torch.from_numpy(part)[None] for part in features_of(audio, hint).values())
+    return codec.decode(codec.encode(world, states)[0], VOICES.index(voice))
+
+
+@torch.no_grad()
+def calibrate(codec: Codec, items: list[Features], audio: Callable[[str], np.ndarray], most: int = 40) -> None:
+    """Set the codec's ``scale`` and ``shift`` of every voice from its first ``most`` of ``items``.
+
+    audio: id -> the teacher's, (samples,) at 24 kHz.
 
     scale: the spread of each envelope coefficient within an utterance, the teacher's over the
     decoder's. shift: the teacher's mean, and then what is left between the long-term spectra of
     the teacher's and the synthesised audio (WORLD has a bias of its own).
     """
+
+    def moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        envelopes = [x[:, :ENVELOPE] for x in features]
+        return torch.stack([e.mean(0) for e in envelopes]).mean(0), torch.stack([e.std(0) for e in envelopes]).mean(0)
+
     codec.scale.fill_(1.0)
     codec.shift.fill_(0.0)
     for place, voice in enumerate(VOICES):
-        mine = [(f, audio) for f, audio in items if f.voice == voice]
+        mine = [f for f in items if f.voice == voice][:most]
         if not mine:
             continue
-        codes = [codes_of(codec, f) for f, _ in mine]
-
-        def moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-            envelopes = [x[:, :ENVELOPE] for x in features]
-            return (
-                torch.stack([e.mean(0) for e in envelopes]).mean(0),
-                torch.stack([e.std(0) for e in envelopes]).mean(0),
-            )
-
-        mean, spread = moments([f.world for f, _ in mine])
+        codes = [codes_of(codec, f) for f in mine]
+        mean, spread = moments([f.world for f in mine])
         made_mean, made_spread = moments([codec.features(c, place) for c in codes])
         codec.scale[place] = spread / made_spread
         codec.shift[place] = mean - codec.scale[place] * made_mean
-        wanted = long_term_spectrum([audio for _, audio in mine])
-        found = long_term_spectrum([codec.decode(c, place) for c in codes])
-        codec.shift[place] += code_gain(wanted / found)
+        wanted = wide.long_term_spectrum([audio(f.id) for f in mine])
+        found = wide.long_term_spectrum([codec.decode(c, place) for c in codes])
+        codec.shift[place] += wide.code_gain(wanted / found)
 
 
-def align(log_probs: Tensor, labels: list[int], blank: int) -> list[int]:
+def align(log_probs: Tensor, labels: list[int], blank: int = BLANK) -> list[int]:
     """CTC Viterbi: (T, C) log probabilities, labels (L,) -> index into labels for each of T frames.
 
     A blank belongs to the label before it (the first label at the start).
@@ -281,14 +268,8 @@ def align(log_probs: Tensor, labels: list[int], blank: int) -> list[int]:
     back = []
     low = torch.tensor([-math.inf])
     for row in emit[1:]:
-        moves = torch.stack(
-            [
-                score,
-                torch.cat([low, score[:-1]]),
-                torch.cat([low, low, score[:-2]]).masked_fill(~skip, -math.inf),
-            ]
-        )
-        best, step = moves.max(0)
+        skipped = torch.cat([low, low, score[:-2]]).masked_fill(~skip, -math.inf)
+        best, step = torch.stack([score, torch.cat([low, score[:-1]]), skipped]).max(0)
         back.append(step)
         score = best + row
     state = len(states) - 1 if score[-1] > score[-2] else len(states) - 2
@@ -300,10 +281,10 @@ def align(log_probs: Tensor, labels: list[int], blank: int) -> list[int]:
 
 
 @torch.no_grad()
-def tokenise(trainer: CodecTrainer, f: Features, shifts: int = 4) -> Utterance | None:
-    """Speech tokens of one utterance on ``shifts`` grids 10 ms apart, each aligned with its phones.
+def token_row(task: CodecTask, f: Features, shifts: int = 4) -> dict | None:
+    """A row of tokens.jsonl (data.py): speech tokens on ``shifts`` grids 10 ms apart, aligned with the phones.
 
-    None if it is too short for its phones to be aligned.
+    None if the utterance is too short for its phones to be aligned.
     """
     hint, labels = f.hint.float(), plain_phones(f.phones)
     between = (hint + torch.cat([hint[1:], hint[-1:]])) / 2  # Whisper states come every 20 ms
@@ -314,8 +295,8 @@ def tokenise(trainer: CodecTrainer, f: Features, shifts: int = 4) -> Utterance |
         if 2 * tokens < len(labels) + 5:
             return None
         world = f.world[2 * shift :][: FRAMES_PER_TOKEN * tokens]
-        rounded = trainer.codec.digits(world[None], states[None, : 2 * tokens]).round()
-        path = align(trainer.phone_head(rounded)[0].log_softmax(-1), labels, len(SYMBOLS))[::2]
-        codes.append(trainer.codec.to_code(rounded)[0].tolist())
+        rounded = task.codec.digits(world[None], states[None, : 2 * tokens]).round()
+        path = align(task.phone_head(rounded)[0].log_softmax(-1), labels)[::2]
+        codes.append(task.codec.to_code(rounded)[0].tolist())
         aligned.append([[labels[i], labels[i + 1] if i + 1 < len(labels) else -1] for i in path])
-    return Utterance(f.id, f.voice, f.phones, codes, aligned)
+    return {"id": f.id, "voice": f.voice, "phones": f.phones, "codes": codes, "aligned": aligned}

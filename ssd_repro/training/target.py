@@ -1,183 +1,179 @@
-"""The target in training."""
+"""The bundled voice's target in training."""
 
 from __future__ import annotations
 
 import copy
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from ..models.codec import (
-    Codec,
-)
+from ..models.checkpoints import weights_sha256
+from ..models.codec import Codec
 from ..models.draft import draft_layers
 from ..models.speech_lm import SpeechLM, small_qwen2
-from ..speech.text import SYMBOLS, TEXT_VOCABULARY, prompt
-from .loop import Schedule, fit
-from .splice import Utterance, by_voice, splice, words
+from ..speech.text import SYMBOLS, TEXT_VOCABULARY
+from .data import Batch, Example, collate
+from .loop import Settings, Task, train
+from .splice import PROMPT_TOKENS, behind, by_voice, find_words, splice
 
 STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
 
 
-class Factored(nn.Module):
-    """A (6564, width) matrix as digit vectors plus a part of its own for each code.
+@dataclass(frozen=True)
+class TargetOptions:
+    """A target's sizes, and what its training does to the utterances.
 
-    FSQ codes that share digits share what they learn: with two hours of speech
-    most codes are too rare to be learned alone. Folded into one plain matrix
-    when training is over.
+    flip          part of the digits of the speech tokens seen that are replaced by random ones
+    draft_weight  weight of the loss of the draft's layers alone: the top layers learn to do
+                  without the middle, as LayerSkip's do (Elhoushi et al. 2024)
+    prompted      part of the utterances that stand behind a short one of their voice
+    splice        part of the utterances that are cut and joined anew (``splice.splice``)
     """
 
-    def __init__(self, codec: Codec, width: int, scale: float):
+    hidden: int = 256
+    ffn: int = 1024
+    layers: int = 12
+    heads: int = 4
+    kv_heads: int = 2
+    dropout: float = 0.1
+    flip: float = 0.02
+    draft_weight: float = 0.3
+    prompted: float = 0.8
+    splice: float = 0.4
+
+    def untrained(self, codec: Codec) -> SpeechLM:
+        sizes = self.hidden, self.ffn, self.layers, self.heads, self.kv_heads, TEXT_VOCABULARY
+        return SpeechLM(small_qwen2(*sizes, max_position_embeddings=4096), codec.config.codebook_size + STOP_TOKENS)
+
+
+class SharedDigits(nn.Module):
+    """A parametrization of a (6564, width) matrix: digit vectors plus a part of its own for each code.
+
+    FSQ codes that share digits share what they learn: with a few hours of speech most codes are too
+    rare to be learned alone. Assigning a matrix finds what codes share by least squares.
+    """
+
+    def __init__(self, codec: Codec):
         super().__init__()
-        size, digits = codec.config.codebook_size, codec.config.digits
+        size = codec.config.codebook_size
         values = codec.to_digits(torch.arange(size)).long() + 1
         basis = F.one_hot(values, codec.config.levels).reshape(size, -1).float()
         self.register_buffer("basis", torch.block_diag(basis, torch.eye(STOP_TOKENS)), persistent=False)
-        self.common = nn.Parameter(torch.randn(self.basis.shape[1], width) * scale / math.sqrt(digits))
-        self.own = nn.Parameter(torch.zeros(len(self.basis), width))
 
-    def weight(self) -> Tensor:
-        return self.basis @ self.common + self.own
+    def forward(self, shared: Tensor, own: Tensor) -> Tensor:
+        return self.basis @ shared + own
+
+    def right_inverse(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        shared = torch.linalg.lstsq(self.basis, matrix, driver="gelsd").solution
+        return shared, matrix - self.basis @ shared
 
 
-class TargetTrainer(nn.Module):
-    """A SpeechLM in training: factored embedding and head, auxiliary phone heads, and the draft's layers beside it.
+class TargetTask(Task):
+    """A SpeechLM in training: embedding and head over shared digits, auxiliary phone heads, and the draft's layers.
 
     The phone heads predict, above the draft's bottom layers and from a third and two thirds of
     the depth, the phone that the next speech token belongs to and the one after it: attention
-    finds the alignment in hundreds of steps instead of many thousands. The layers of the paper's
-    draft have a loss of their own, of ``draft_weight``, so that the top layers learn to do without
-    the middle, as LayerSkip's do (Elhoushi et al. 2024). With probability ``prompt_rate`` an
-    utterance follows one of ``short`` of its voice, the prompts of zero-shot speech; with
-    ``splice_rate`` it is spliced with another of ``pieces`` of its voice.
+    finds the alignment in hundreds of steps instead of many thousands. ``pieces``: the utterances
+    that others are put behind or spliced with.
     """
 
-    def __init__(
-        self,
-        codec: Codec,
-        hidden: int = 256,
-        ffn: int = 1024,
-        layers: int = 12,
-        heads: int = 4,
-        kv_heads: int = 2,
-        dropout: float = 0.1,
-        flip: float = 0.02,
-        draft_weight: float = 0.3,
-        short: dict[str, list[Utterance]] | None = None,
-        prompt_rate: float = 0.5,
-        splice_rate: float = 0.0,
-        pieces: list[Utterance] | None = None,
-    ):
+    def __init__(self, codec: Codec, options: TargetOptions, pieces: list[Example]):
         super().__init__()
-        self.codec, self.flip = [codec], flip  # in a list: not a part of this module
-        self.splice_rate, self.pieces = splice_rate, by_voice(pieces or [])
-        self.words = {u.id: words(u) for u in pieces or []} if splice_rate else {}
-        self.model = small_qwen2(hidden, ffn, layers, heads, kv_heads, TEXT_VOCABULARY, max_position_embeddings=4096)
-        self.model.set_attn_implementation("eager")  # on a CPU SDPA's backward takes twice its time
-        self.embedding = Factored(codec, hidden, 0.3)
-        self.head = Factored(codec, hidden, 0.05)
-        self.bias = nn.Parameter(torch.zeros(len(self.head.basis)))
-        self.bottom, self.top = draft_layers(layers)
-        self.draft_weight, self.prompt_rate, self.short = draft_weight, prompt_rate, short or {}
-        self.watched = sorted({self.bottom, layers // 3, 2 * layers // 3})
-        self.phone_heads = nn.ModuleDict({str(place): nn.Linear(hidden, 2 * len(SYMBOLS)) for place in self.watched})
-        self._seen: dict[int, Tensor] = {}
-        for place in self.watched:
-            self.model.layers[place - 1].register_forward_hook(self._watch(place))
-        nn.init.normal_(self.model.embed_tokens.weight, std=0.3)
-        for layer in self.model.layers:
-            layer.mlp.register_forward_hook(_channel_dropout(dropout))
+        self.options, self.stop = options, codec.config.codebook_size
+        self.to_digits, self.to_code = codec.to_digits, codec.to_code
+        self.pieces, self.prompts = by_voice(pieces), by_voice(pieces, PROMPT_TOKENS)
+        self.words = {one.id: find_words(one) for one in pieces} if options.splice else {}
+        self.lm = options.untrained(codec)
+        self.lm.model.set_attn_implementation("eager")  # on a CPU SDPA's backward takes twice its time
+        for module, scale in ((self.lm.speech_embedding, 0.3), (self.lm.head, 0.05)):
+            parametrize.register_parametrization(module, "weight", SharedDigits(codec))
+            nn.init.normal_(module.parametrizations.weight.original0, std=scale / math.sqrt(codec.config.digits))
+            nn.init.zeros_(module.parametrizations.weight.original1)
+        nn.init.zeros_(self.lm.head.bias)
+        nn.init.normal_(self.lm.model.embed_tokens.weight, std=0.3)
+        self.bottom, self.top = draft_layers(options.layers)
+        depths = sorted({self.bottom, options.layers // 3, 2 * options.layers // 3})
+        self.phone_heads = nn.ModuleDict({str(depth): nn.Linear(options.hidden, 2 * len(SYMBOLS)) for depth in depths})
+        for layer in self.lm.model.layers:
+            layer.mlp.register_forward_hook(_channel_dropout(options.dropout))
 
-    def _watch(self, place: int):
-        def hook(module, args, output):
-            self._seen[place] = output[0] if isinstance(output, tuple) else output
+    def groups(self) -> list[dict]:
+        own = [module.parametrizations.weight.original1 for module in (self.lm.speech_embedding, self.lm.head)]
+        rest = [p for p in self.parameters() if all(p is not q for q in own)]
+        return [{"params": rest}, {"params": own, "scale": 0.3}]
 
-        return hook
-
-    def folded(self) -> SpeechLM:
-        """The plain SpeechLM that is shipped: factors multiplied out."""
-        lm = SpeechLM(type(self.model)(copy.deepcopy(self.model.config)), len(self.head.basis))
+    def plain(self) -> SpeechLM:
+        """The plain SpeechLM that is shipped: digits multiplied out, no hooks."""
+        lm = SpeechLM(type(self.lm.model)(copy.deepcopy(self.lm.model.config)), self.lm.speech_embedding.num_embeddings)
         lm.model.set_attn_implementation("sdpa")
-        lm.model.load_state_dict(self.model.state_dict())  # a copy: without the training hooks
-        with torch.no_grad():
-            lm.speech_embedding.weight.copy_(self.embedding.weight())
-            lm.head.weight.copy_(self.head.weight())
-            lm.head.bias.copy_(self.bias)
+        state = {name: value for name, value in self.lm.state_dict().items() if ".parametrizations." not in name}
+        tables = {f"{name}.weight": getattr(self.lm, name).weight for name in ("speech_embedding", "head")}
+        lm.load_state_dict(state | tables)
         return lm.eval()
 
     @torch.no_grad()
-    def unfold(self, lm: SpeechLM) -> None:
-        """Begin with the weights of ``lm``, which ``folded`` once made: the phone heads alone stay random.
+    def begin_from(self, lm: SpeechLM) -> None:
+        """Begin with the weights of ``lm``, of the same sizes: the phone heads alone stay random."""
+        self.lm.model.load_state_dict(lm.model.state_dict())
+        self.lm.head.bias.copy_(lm.head.bias)
+        self.lm.speech_embedding.weight = lm.speech_embedding.weight.detach()
+        self.lm.head.weight = lm.head.weight.detach()
 
-        What codes share in the digits is found by least squares, the rest is their own.
-        """
-        self.model.load_state_dict(lm.model.state_dict())
-        self.bias.copy_(lm.head.bias)
-        for factored, matrix in ((self.embedding, lm.speech_embedding.weight), (self.head, lm.head.weight)):
-            factored.common.copy_(torch.linalg.lstsq(factored.basis, matrix, driver="gelsd").solution)
-            factored.own.copy_(matrix - factored.basis @ factored.common)
+    def labels(self, item: Example) -> int:
+        return item.labels
 
-    def loss(self, batch: list[Utterance], rng: random.Random) -> dict[str, Tensor]:
+    def draw(self, items: list[Example], rng: random.Random) -> list[Example]:
+        """Splice some, put some behind a prompt; held-out speech's prompt is no label, it may be known by heart."""
+        drawn = []
+        for one in items:
+            if self.training and rng.random() < self.options.splice:
+                one = splice(one, rng.choice(self.pieces[one.voice]), self.words, rng)
+            prompted = rng.random() < self.options.prompted
+            drawn.append(behind(self.prompts, one, rng, self.training) if prompted else one)
+        return drawn
+
+    def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """Cross-entropy of the speech tokens and the stop token, with the phone heads' beside it.
 
         "speech" is the whole target's, "draft" that of the draft's layers. ``overlap``, on held-out
         speech: mean of sum min(p, q) of the two softmaxes.
         """
-        if self.training and self.splice_rate:
-            batch = [self._spliced(u, rng) for u in batch]
-        flip = self.flip if self.training else 0.0
-        before = followed(batch, rng, self.short, self.prompt_rate)
-        rows = layout(batch, rng, self.codec[0], flip, before, prompted_only=not self.training)
-        q, p, phones = self._pass(rows)
-        speech, draft = (F.cross_entropy(logits, rows.labels) for logits in (q, p))
-        wanted = rows.phones.reshape(-1)
-        heard = [F.cross_entropy(x.reshape(-1, len(SYMBOLS)), wanted, ignore_index=-1) for x in phones]
-        phone = sum(heard) / len(heard)
-        terms = {
-            "total": speech + 0.5 * phone + self.draft_weight * draft,
-            "speech": speech,
-            "phone": phone,
-            "draft": draft,
-        }
+        with self.autocast(), parametrize.cached():
+            batch = collate(self.lm, items, self.stop, noise=self._flipped if self.training else None)
+            q, p, phones = self._logits(batch)
+        speech, draft = (F.cross_entropy(logits, batch.labels) for logits in (q, p))
+        phone = torch.stack([F.cross_entropy(x, batch.phones.flatten(), ignore_index=-1) for x in phones]).mean()
+        total = speech + 0.5 * phone + self.options.draft_weight * draft
+        terms = {"loss": total, "speech": speech, "phone": phone, "draft": draft}
         if not self.training:
             terms["overlap"] = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()
         return terms
 
-    def _spliced(self, u: Utterance, rng: random.Random) -> Utterance:
-        if rng.random() >= self.splice_rate:
-            return u
-        return splice(u, rng.choice(self.pieces[u.voice]), self.words, rng)
+    def _flipped(self, codes: Tensor) -> Tensor:
+        digits = self.to_digits(codes)
+        wrong = torch.rand(digits.shape, device=digits.device) < self.options.flip
+        return self.to_code(torch.where(wrong, torch.randint_like(digits, -1, 2), digits))
 
-    def _pass(self, rows: Rows) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits of the whole target and of the draft's layers, (n, 6564) both, and the phone heads'."""
-        layers, long = self.model.layers, rows.text.shape[1]
-        place, causal = torch.arange(long)[None], torch.full((1, 1, long, long), -math.inf).triu(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            embedded = embed(rows, self.model.embed_tokens.weight, self.embedding.weight())
-            whole = self.model(
-                inputs_embeds=embedded, attention_mask={"full_attention": causal}, use_cache=False
-            ).last_hidden_state
-            brief, angles = self._seen[self.bottom], self.model.rotary_emb(embedded, place)
-            for layer in layers[len(layers) - self.top :]:
-                brief = layer(brief, causal, position_ids=place, position_embeddings=angles)
-            matrix = self.head.weight()
-            q, p = (
-                F.linear(hidden[rows.spoken], matrix, self.bias).float() for hidden in (whole, self.model.norm(brief))
-            )
-            heads = [self.phone_heads[str(k)](self._seen[k][rows.spoken]).float() for k in self.watched]
-        return q, p, heads
-
-
-def followed(
-    batch: list[Utterance], rng: random.Random, short: dict[str, list[Utterance]], rate: float
-) -> list[Utterance | None]:
-    """With probability ``rate`` a short utterance of its voice to stand in front of each; None: nothing."""
-    return [rng.choice(short[u.voice]) if short.get(u.voice) and rng.random() < rate else None for u in batch]
+    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits of the whole target and of the draft's layers, (N, 6564) both, and the phone heads' (2 N, phones)."""
+        model, embedded = self.lm.model, batch.embedded
+        places = torch.arange(embedded.shape[1], device=embedded.device)[None]
+        causal = torch.full((1, 1, places.shape[1], places.shape[1]), -math.inf, device=embedded.device).triu(1)
+        masks = {"full_attention": causal}
+        whole = model(inputs_embeds=embedded, attention_mask=masks, use_cache=False, output_hidden_states=True)
+        short, angles = whole.hidden_states[self.bottom], model.rotary_emb(embedded, places)
+        for layer in model.layers[len(model.layers) - self.top :]:
+            short = layer(short, causal, position_ids=places, position_embeddings=angles)
+        ends = (whole.last_hidden_state, model.norm(short))
+        q, p = (self.lm.head(hidden[batch.at]).float() for hidden in ends)
+        heads = [head(whole.hidden_states[int(depth)][batch.at]).float() for depth, head in self.phone_heads.items()]
+        return q, p, [x.reshape(-1, len(SYMBOLS)) for x in heads]
 
 
 def _channel_dropout(rate: float):
@@ -188,123 +184,42 @@ def _channel_dropout(rate: float):
     return hook
 
 
-@dataclass
-class Rows:
-    """A padded batch: ``text`` and ``speech`` ids (B, T) with -1 where the other one stands."""
-
-    text: Tensor
-    speech: Tensor
-    spoken: Tensor  # bool (B, T): positions that predict a speech token
-    labels: Tensor  # (number of such positions,)
-    phones: Tensor  # (number of such positions, 2): phone of the next token and the one after
-
-
-def layout(
-    batch: list[Utterance],
-    rng: random.Random,
-    codec: Codec,
-    flip: float,
-    before: list[Utterance | None] | None = None,
-    prompted_only: bool = False,
-) -> Rows:
-    """A padded batch with its labels, in one of the two layouts of text.prompt.
-
-    Alone: [start][voice][phones...][task][speech tokens...]. With an utterance of the same voice
-    ``before`` it: [start][its phones][phones][task][its speech][speech], and no voice token. Both
-    are labels, with ``prompted_only`` not the one before: it may have been learned by heart.
-    """
-    stop = codec.config.codebook_size
-    heads, spoken, told, fronts = [], [], [], []  # text ids, codes, their phones; tokens before the utterance
-    for w, u in zip(before or [None] * len(batch), batch):
-        heads.append(prompt(u.phones, None if w else u.voice, w.phones if w else ()))
-        shifts = [(v, rng.randrange(len(v.codes))) for v in (w, u) if v]
-        spoken.append([code for v, k in shifts for code in v.codes[k]])
-        told.append([phone for v, k in shifts for phone in v.aligned[k]])
-        fronts.append(len(spoken[-1]) - len(u.codes[shifts[-1][1]]))
-    length = max(len(h) + len(c) for h, c in zip(heads, spoken))
-    text = torch.full((len(batch), length), -1)
-    speech, labels = text.clone(), text.clone()
-    phones = torch.full((len(batch), length, 2), -1)
-    for i, (head, said, aligned) in enumerate(zip(heads, spoken, told)):
-        codes, t = torch.tensor(said), len(head)
-        text[i, :t] = torch.tensor(head)
-        speech[i, t : t + len(codes)] = codes
-        labels[i, t - 1 : t + len(codes)] = torch.cat([codes, torch.tensor([stop])])
-        phones[i, t - 1 : t - 1 + len(codes)] = torch.tensor(aligned)
-        begin = t - 1 + fronts[i]
-        labels[i, [begin + cut for cut in batch[i].cuts]] = -1
-        if prompted_only:
-            labels[i, :begin] = -1
-    if flip:
-        digits = codec.to_digits(speech.clamp(min=0))
-        wrong = torch.rand(digits.shape) < flip
-        noisy = codec.to_code(torch.where(wrong, torch.randint(-1, 2, digits.shape).float(), digits))
-        speech = torch.where(speech >= 0, noisy, speech)
-    spoken = labels >= 0
-    return Rows(text, speech, spoken, labels[spoken], phones[spoken])
-
-
-def embed(rows: Rows, text: Tensor, speech: Tensor) -> Tensor:
-    """Embeddings (B, T, hidden) of a padded batch from the two tables."""
-    mixed = F.embedding(rows.text.clamp(min=0), text) * (rows.text >= 0)[..., None]
-    return mixed + F.embedding(rows.speech.clamp(min=0), speech) * (rows.speech >= 0)[..., None]
-
-
 def train_target(
     codec: Codec,
-    train: list[Utterance],
-    dev: list[Utterance],
-    schedule: Schedule,
-    checkpoint: Path,
+    learned: list[Example],
+    dev: list[Example],
+    settings: Settings,
+    options: TargetOptions,
+    out: Path,
+    begin: SpeechLM | None = None,
     log=print,
-    begin: Path | SpeechLM | None = None,
-    **settings,
 ) -> tuple[SpeechLM, list[dict]]:
-    """Train the target -> (SpeechLM, log rows).
-
-    begin: another run's checkpoint, for its weights alone, or a target of the same sizes.
-    """
-    torch.manual_seed(schedule.seed)
-    trainer = TargetTrainer(codec, **settings)
-    if begin and not checkpoint.exists():
-        if isinstance(begin, SpeechLM):
-            trainer.unfold(begin)
-        else:
-            trainer.load_state_dict(torch.load(begin, weights_only=True)["model"])
-    own = [trainer.embedding.own, trainer.head.own]
-    rest = [p for p in trainer.parameters() if all(p is not q for q in own)]
-    groups = [{"params": rest}, {"params": own, "scale": 0.3}]
-    rows = fit(
-        trainer,
-        groups,
-        trainer.loss,
-        train,
-        lambda u: len(u.codes[0]),
-        schedule,
-        checkpoint,
-        dev,
-        log,
-    )
-    return trainer.folded(), rows
+    """Train the target, from random weights or from ``begin``'s -> (SpeechLM on the CPU, log rows)."""
+    torch.manual_seed(settings.seed)
+    task = TargetTask(codec, options, learned)
+    if begin:
+        task.begin_from(begin)
+    facts = asdict(options) | {"begin": weights_sha256(begin, torch.float32) if begin else ""}
+    rows = train(task, learned, dev, settings, out, facts, log=log)
+    return task.plain().cpu(), rows
 
 
 @torch.no_grad()
-def held_out_loss(lm: SpeechLM, codec: Codec, dev: list[Utterance], short: dict[str, list[Utterance]]) -> float:
-    """Cross-entropy of ``dev``'s tokens, each utterance behind one of ``short`` of its voice, in fp32."""
-    total = count = 0
+def held_out_loss(lm: SpeechLM, dev: list[Example], pieces: list[Example]) -> float:
+    """Cross-entropy of ``dev``'s tokens, each example behind a short one of ``pieces`` of its voice, in fp32."""
+    rng, prompts, total, count = random.Random(0), by_voice(pieces, PROMPT_TOKENS), 0.0, 0
     for start in range(0, len(dev), 8):
-        batch, rng = dev[start : start + 8], random.Random(start)
-        rows = layout(batch, rng, codec, 0.0, followed(batch, rng, short, 1.0), prompted_only=True)
-        logits = lm(embed(rows, lm.model.embed_tokens.weight, lm.speech_embedding.weight), rows.spoken)
-        total += float(F.cross_entropy(logits, rows.labels, reduction="sum"))
-        count += len(rows.labels)
+        examples = [behind(prompts, one, rng, learned=False) for one in dev[start : start + 8]]
+        batch = collate(lm, examples, lm.speech_embedding.num_embeddings - STOP_TOKENS)
+        total += float(F.cross_entropy(lm(batch.embedded, batch.at), batch.labels, reduction="sum"))
+        count += len(batch.labels)
     return total / count
 
 
+@torch.no_grad()
 def averaged(new: SpeechLM, old: SpeechLM, part: float) -> SpeechLM:
-    """``new``, in place, with ``part`` of the weights of ``old``, which it went on from (Wortsman et al. 2022, WiSE-FT)."""
+    """``new``, in place, with ``part`` of the weights of ``old``, which it began from (WiSE-FT, Wortsman 2022)."""
     known = old.state_dict()
-    with torch.no_grad():
-        for name, weight in new.state_dict().items():
-            weight.lerp_(known[name].to(weight), part)
+    for name, weight in new.state_dict().items():
+        weight.lerp_(known[name].to(weight), part)
     return new

@@ -1,114 +1,254 @@
-"""The notebooks: clean sources; executed with the fake voice, and once with the bundled one."""
+"""The notebooks: clean sources, typed parameters, every profile; executed with the fake voice and the bundled one."""
 
 import ast
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
 import yaml
 from conftest import ROOT
 
-from ssd_repro import files
-from ssd_repro.experiment import notebooks, report
+from ssd_repro import cli, files
+from ssd_repro.errors import InputError
+from ssd_repro.experiment import notebooks, provenance, report
 from ssd_repro.experiment import rows as rows_module
+from ssd_repro.experiment.systems import System
 from ssd_repro.models import checkpoints
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-RESULTS = [path for path in NOTEBOOKS if path.name[:2] < notebooks.FIRST_TRAINING]
+RESULTS = [path for path in NOTEBOOKS if path.name < notebooks.FIRST_TRAINING]
+PROFILES = sorted((FOLDER / "profiles").glob("*.yaml"))
 
 
-def cells(path, kind="code"):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def execute(path, parameters, cells=None):
+    """The first ``cells`` code cells (all by default) in this process, as papermill makes them -> their namespace."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = parameterize_notebook(
+        load_notebook_node(str(path)), parameters, kernel_name="python3", language="python"
+    )
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:cells]
+    namespace = {"__name__": "__main__", "In": []}
+    for source in sources:
+        namespace["In"].append(source)
+        exec(compile(source, path.name, "exec", dont_inherit=True), namespace)
+    return namespace
+
+
+# sources
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_sources_are_clean(path):
     nbformat.validate(nbformat.read(path, as_version=4))
-    for cell in cells(path):
+    for cell in code_cells(path):
         assert cell.outputs == [] and cell.execution_count is None
         assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.FunctionDef)]
-    first, second = cells(path)[:2]
+    first, second = code_cells(path)[:2]
     assert first.metadata.tags == ["parameters"]
     lines = first.source.splitlines()
     statements = ast.parse(first.source).body
-    assert len(statements) == len(lines)  # flat: one a line
+    assert len(statements) == len(lines)  # flat: one per line
     for statement, line in zip(statements, lines, strict=True):
         assert isinstance(statement, ast.AnnAssign) and "  # " in line
         value = ast.literal_eval(statement.value)  # nothing derived
-        assert notebooks.fits(value, ast.unparse(statement.annotation))
-    assert "experiment.check_parameters(globals())" in second.source
+        assert notebooks.as_declared(statement.target.id, ast.unparse(statement.annotation), value) == value
+    assert "notebooks.check_parameters(globals())" in second.source
 
 
 def test_papermill_sees_the_same_parameters():
     for path in NOTEBOOKS:
-        statements = ast.parse(cells(path)[0].source).body
-        assert notebooks.declared(path) == {s.target.id: ast.unparse(s.annotation) for s in statements}
+        statements = ast.parse(code_cells(path)[0].source).body
+        seen = {name: parameter["inferred_type_name"] for name, parameter in notebooks.declared(path).items()}
+        assert seen == {s.target.id: ast.unparse(s.annotation) for s in statements}
+        assert notebooks.defaults(path) == {s.target.id: ast.literal_eval(s.value) for s in statements}
 
 
-def test_profiles_set_only_what_notebooks_have():
-    for path in (FOLDER / "profiles").glob("*.yaml"):
-        profile = yaml.safe_load(path.read_text())
-        notebooks.check_profile(FOLDER, path.stem, profile)
-        notebooks.parameters_for({book: notebooks.declared(book) for book in NOTEBOOKS}, profile, [])
+# parameters
 
 
-def run(environment, folder, *arguments):
-    command = [sys.executable, "-m", "ssd_repro", "run", "--out", "out", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+def accepts(kind, value, is_text=False):
+    try:
+        notebooks.as_declared("x", kind, value, is_text)
+    except InputError:
+        return False
+    return True
 
 
-def test_run_makes_results_and_makes_no_row_twice(fake_environment, tmp_path):
-    small = ["-p", "sentences", "2", "-p", "repeats", "1", "-p", "temperatures", "[1.0]"]
-    done = run(fake_environment, tmp_path, *small)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "out"
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("int", [3], [True, 2.5, 3.0, "3", None]),
+        ("float", [0.5, 3], [True, "0.5"]),
+        ("str", ["x"], [1, None]),
+        ("bool", [True], [1, "true"]),
+        ("list[int]", [[1, 2], []], [[1, "2"], [1.5], 1]),
+        ("list[float]", [[0.1, 1]], [["0.1"], [True]]),
+    ],
+)
+def test_values_fit_the_declared_type(kind, good, bad):
+    assert all(accepts(kind, value) for value in good) and not any(accepts(kind, value) for value in bad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("int", "3", 3),
+        ("int", "2.5", None),
+        ("float", "1e-3", 0.001),
+        ("float", "high", None),
+        ("str", "007", "007"),
+        ("bool", "true", True),
+        ("bool", "False", False),
+        ("bool", "maybe", None),
+        ("list[float]", "[0, 0.4]", [0.0, 0.4]),
+        ("list[int]", "[1, 2.5]", None),
+        ("list[int]", "1", None),
+    ],
+)
+def test_texts_of_the_command_line_become_the_declared_type(kind, text, value):
+    if value is None:
+        with pytest.raises(InputError) as refused:
+            notebooks.as_declared("x", kind, text, is_text=True)
+        assert str(refused.value) == f"parameter x must be {kind}, got {text!r}"
+    else:
+        made = notebooks.as_declared("x", kind, text, is_text=True)
+        assert made == value and type(made) is type(value)
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained():
+    with pytest.raises(InputError, match=r"must be float, got '1e-3'; to YAML that is text: write numbers as 1\.0e-3"):
+        notebooks.as_declared("x", float, yaml.safe_load("1e-3"))
+    assert notebooks.as_declared("x", float, yaml.safe_load("1.0e-3")) == 0.001
+
+
+# profiles: by papermill alone, and by the command
+
+
+def values_of(profile):
+    values = yaml.safe_load(profile.read_text())
+    return {name: "given" if value is None else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_every_notebook_runs_with_every_profile_by_papermill_alone(profile):
+    """Cut to the parameter check. Papermill injects the whole profile, whatever a notebook declares."""
+    for path in NOTEBOOKS:
+        parameters = notebooks.check_parameters(execute(path, values_of(profile), cells=2))
+        assert parameters["profile"] == profile.stem == provenance.results_folder("", parameters["profile"]).name
+        assert parameters == notebooks.defaults(path) | {k: v for k, v in values_of(profile).items() if k in parameters}
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_every_profile_fits_the_command(profile):
+    values = notebooks.read_profile(profile.stem)
+    given = [(name, "given") for name, value in values.items() if value is None]
+    parameters = notebooks.parameters_for(NOTEBOOKS, values, given)
+    assert all(chosen["profile"] == profile.stem for chosen in parameters.values())
+
+
+def test_what_no_notebook_has_or_the_profile_leaves_open_is_an_error():
+    path, paper = RESULTS[1], FOLDER / "profiles" / "paper.yaml"
+    with pytest.raises(InputError, match="unknown parameter 'sed': choose one of sentences, "):
+        execute(path, {"sed": 1}, cells=3)
+    with pytest.raises(InputError, match="seed must be int, got 'one'"):
+        execute(path, {"seed": "one"}, cells=3)
+    with pytest.raises(InputError, match="leaves weights, draft, data open: add -p weights VALUE -p draft VALUE"):
+        execute(path, yaml.safe_load(paper.read_text()), cells=3)
+
+
+# executed
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with out/: notebook 00 by the command and 04 by papermill alone, in kernels with the fake voice."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "fake_site"), str(ROOT)]))
+        assert cli.main(["run", "--only", "00", "--out", "out"]) == 0
+        command = [sys.executable, "-m", "papermill", str(RESULTS[4]), "out/04_stages.ipynb"]
+        command += ["-f", str(FOLDER / "profiles" / "quick.yaml"), "-p", "out", "out"]
+        command += ["-p", "sentences", "2", "-p", "repeats", "1"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def here(fake, monkeypatch, results):
+    """-> execute a notebook in this process into the same folder, in a cluster's shell that nothing was launched in."""
+    matplotlib.use("agg")
+    monkeypatch.chdir(results)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    quick = values_of(FOLDER / "profiles" / "quick.yaml")
+    small = {"sentences": 2, "repeats": 1, "temperatures": [1.0], "out": "out"}
+    return lambda number, **other: execute(RESULTS[number], quick | small | other)
+
+
+def test_notebooks_make_results_and_no_row_twice(here, fake, results):
+    out = results / "out"
+    for number in (1, 2, 3, 5, 6):
+        here(number)
+    decodes = len(fake.calls)
+    for number in (1, 4, 6):
+        here(number)
+    assert len(fake.calls) == decodes
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.suffix != ".lock"}
     exhibits = report.EXHIBITS.items()
     assert names == {
-        *(f"{path.stem}.ipynb" for path in RESULTS), "provenance.json",
+        *("00_listen.ipynb", "04_stages.ipynb", "provenance.json"),
         *(f"rows/{name}.jsonl" for name in ("listen", "table1", "tolerance", "draft_length")),
         *(f"tables/{name}.{end}" for name, _ in exhibits for end in ("csv", "md")),
         *(f"figures/{name}.{end}" for name, e in exhibits if e.draw for end in ("png", "svg")),
-    }  # fmt: skip
-    grid = sum(len(files.read_rows(path)) for path in (out / "rows").glob("*.jsonl"))
-    assert grid == 3 + 2 * (3 + 2 + 2)  # listen; then AR, draft, SSD; beta 0 and 1; L_d 1 and 6: each once
+    }
+    made = sum(len(files.read_rows(path)) for path in (out / "rows").glob("*.jsonl"))
+    assert made == 3 + 2 * (3 + 2 + 2)  # listen; then AR, draft, SSD; beta 0 and 1; L_d 1 and 6: each once
     about = json.loads((out / "provenance.json").read_text())
+    assert set(about) == {path.stem for path in RESULTS}
     assert about["01_table1"]["parameters"]["sentences"] == 2 and about["01_table1"]["profile"] == "quick"
-    rows = (out / "rows" / "table1.jsonl").read_bytes()
-    assert len(rows.splitlines()) == 6
-    for path in [*out.glob("*.ipynb"), out / "provenance.json"]:
-        text = path.read_text()
-        assert str(tmp_path) not in text and str(ROOT) not in text and sys.prefix not in text, path.name
-    assert run(fake_environment, tmp_path, "--only", "01", *small[:6]).returncode == 0
-    assert (out / "rows" / "table1.jsonl").read_bytes() == rows
 
 
-def test_bad_input_reaches_the_user_from_inside_of_a_notebook(fake_environment, tmp_path):
-    done = run(fake_environment, tmp_path, "--only", "00", "-p", "voice", "nobody")
-    assert done.returncode == 2
-    assert "00_listen.ipynb failed in cell" in done.stderr and "'nobody'" in done.stderr
-    assert [path.name for path in (tmp_path / "out").glob("*.ipynb")] == ["00_listen.failed.ipynb"]
+def test_results_name_no_folder_of_this_machine(results):
+    for name in ("00_listen.ipynb", "provenance.json"):
+        text = (results / "out" / name).read_text()
+        assert str(results) not in text and str(ROOT) not in text and sys.prefix not in text, name
 
 
-def test_an_unknown_parameter_that_papermill_injects_is_an_error(fake_environment, tmp_path):
-    command = [sys.executable, "-m", "papermill", FOLDER / "00_listen.ipynb", "a.ipynb", "-p", "sed", "1"]
-    done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
-    assert done.returncode and "unknown parameter 'sed'" in done.stderr
+def test_a_notebook_decodes_the_systems_that_its_cell_names(here, fake):
+    namespace = here(1)
+    chosen = [*namespace["systems"], System("speculative", 0.9, 2)]
+    rows, about = namespace["study"].decode(chosen)
+    assert len(rows) == 2 * 4 and len(fake.calls) == 2 + 2 * 2  # the new one, and its baseline
+    assert about["keys"] == list(rows.key)
+
+
+def test_bad_input_is_an_error_of_the_setup_cell(here):
+    with pytest.raises(InputError, match="'nobody'"):
+        here(0, voice="nobody")
 
 
 @pytest.mark.skipif(not (checkpoints.BUNDLED / "voice.json").exists(), reason="no bundled voice in this checkout")
-def test_the_bundled_voice_with_the_real_metrics(tmp_path):
+def test_the_bundled_voice_with_the_real_metrics(tmp_path, monkeypatch):
     pytest.importorskip("resemblyzer", reason="the extra eval is not installed")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = run(environment, tmp_path, "--only", "01", "-p", "sentences", "2", "-p", "repeats", "1")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "--only", "01", "--out", "out", "-p", "sentences", "1", "-p", "repeats", "1"]
+    assert cli.main(arguments) == 0
     rows = rows_module.to_frame(files.read_rows(tmp_path / "out" / "rows" / "table1.jsonl"))
-    assert len(rows) == 6 and rows.repeatable.all()
+    assert len(rows) == 3 and rows.repeatable.all()
     assert rows.p808.between(1, 5).all() and rows.similarity.between(0.4, 1).all()
-    assert Path(tmp_path, "out", "tables", "table1.csv").exists()
-    assert sys.prefix not in Path(tmp_path, "out", "01_table1.ipynb").read_text()
+    assert (tmp_path / "out" / "tables" / "table1.csv").exists()
+    assert sys.prefix not in (tmp_path / "out" / "01_table1.ipynb").read_text()

@@ -10,9 +10,9 @@ if "ipykernel_launcher" in sys.argv[0] or "-m" in sys.orig_argv or "-c" in sys.o
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import fake_voice
 
-    import ssd_repro
+    from ssd_repro.speech import load
 
-    ssd_repro.load = fake_voice.fake_load
+    load.load = fake_voice.fake_load
     metrics.measure = fake_voice.fake_measure
     metrics.load = lambda *_: None
     metrics.models = lambda whisper="", speaker="": {"whisper": whisper, "speaker": speaker}

@@ -1,4 +1,4 @@
-"""CosyVoice 2 and 3: files, prompt, sampling law, and speculative decoding inside upstream's objects.
+"""CosyVoice 2 and 3: files, prompt, sampling, and speculative decoding inside upstream's objects.
 
 Set COSYVOICE_CHECKOUT to a checkout of FunAudioLLM/CosyVoice to run upstream's own Qwen2LM,
 CosyVoice3LM, ras_sampling and CosyVoice2Model in the last tests; they are skipped without it.
@@ -35,9 +35,9 @@ from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
 from ssd_repro.models import cosyvoice as cosyvoice_module
 from ssd_repro.models.checkpoints import save_draft
-from ssd_repro.models.cosyvoice import LAYOUTS, decode_config, load_cosyvoice
+from ssd_repro.models.cosyvoice import LAYOUTS, load_cosyvoice
 from ssd_repro.models.draft import make_draft
-from ssd_repro.speech.upstream import accelerate, target_of, upstream_law
+from ssd_repro.speech.upstream import accelerate, target_of, upstream_sampling
 
 TEXT, PROMPT_TEXT, PROMPT_SPEECH = (
     torch.tensor([3, 1, 4]),
@@ -102,32 +102,33 @@ def test_the_prompt_of_version_3_wants_its_end_of_prompt(tmp_path):
 
 def test_ids_and_lengths_are_upstreams():
     two, three = LAYOUTS[2], LAYOUTS[3]
-    assert (two.sos, two.task, two.eos, two.fill, two.stop_ids) == (0, 1, 6561, 6563, (6561, 6562, 6563))
-    assert (three.sos, three.eos, three.task, three.fill) == (6561, 6562, 6563, 6564)
+    assert (two.sos, two.task, two.eos, two.stop_ids) == (0, 1, 6561, (6561, 6562, 6563))
+    assert (three.sos, three.eos, three.task) == (6561, 6562, 6563)
     assert three.stop_ids == tuple(range(6561, 6761))
-    config = decode_config(three, 7, tolerance=0.2)
+    config = three.config(7, tolerance=0.2)
     assert (config.min_tokens, config.max_tokens, config.tolerance) == (14, 140, 0.2)
     assert (config.stop_ids, config.banned) == (three.stop_ids, (6561,))
 
 
-def test_without_config_json_only_the_known_shape_is_loaded(tmp_path):
-    with torch.device("meta"):
-        known = cosyvoice_module.CosyVoiceLM(
-            cosyvoice_module.Qwen2Model(
-                cosyvoice_module.Qwen2Config(
-                    **cosyvoice_module.QWEN2_05B,
-                    num_key_value_heads=2,
-                    vocab_size=151_936,
-                    tie_word_embeddings=True,
-                )
-            ),
-            LAYOUTS[2],
-        )
-    config = cosyvoice_module._infer_config(known.state_dict(), tmp_path, tmp_path)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (14, 2, 151_936)
+def test_without_config_json_only_the_known_shape_is_loaded(tmp_path, monkeypatch):
+    due = load_cosyvoice(save_released(tmp_path / "whole", Upstream(2)))
+    folder = save_released(tmp_path / "bare", Upstream(2), config=False)
+    with pytest.raises(InputError, match=r"config\.json is missing .* Qwen2\.5-0\.5B.* lacks llm\.model"):
+        load_cosyvoice(folder)
+    config = due.model.config  # now the tiny model's shape is the known one
+    monkeypatch.setattr(
+        cosyvoice_module, "QWEN2_05B", {name: getattr(config, name) for name in cosyvoice_module.QWEN2_05B}
+    )
+    lm, (text, *none) = load_cosyvoice(folder), (TEXT, TEXT[:0], TEXT[:0])
+    assert torch.equal(lm(lm.prefix(text, *none)), due(due.prefix(text, *none)))
+
+
+def test_the_known_shape_is_qwen2s():
+    """config.json of Qwen2.5-0.5B, of which the release has a copy."""
+    config = cosyvoice_module.Qwen2Config(**cosyvoice_module.QWEN2_05B)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (896, 4864, 24)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (14, 2)
     assert (config.rope_parameters["rope_theta"], config.rms_norm_eps) == (1e6, 1e-6)
-    with pytest.raises(InputError, match=r"config\.json is missing .* Qwen2\.5-0\.5B"):
-        load_cosyvoice(save_released(tmp_path, Upstream(2), config=False))
 
 
 def cut(path):
@@ -171,7 +172,7 @@ LAYER = "llm.model.model.layers.3.mlp.up_proj.weight"
         (lambda path: (path.parent / "CosyVoice-BlankEN/config.json").write_text("{"), "Qwen2 configuration"),
         (lambda path: (path.parent / "CosyVoice-BlankEN/config.json").write_text('{"model_type": "x"}'), "describes x"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_say_what_is_wrong(damage, says, tmp_path):
     damage(save_released(tmp_path, Upstream(2)) / "llm.pt")
     with pytest.raises(InputError, match=says):
@@ -204,15 +205,15 @@ def test_bad_converted_folders_say_what_is_wrong(tmp_path):
         load_cosyvoice(tmp_path / "nowhere")
 
 
-# The sampling law
+# The sampling
 
 
 def ras_by_hand(scores, decoded, sampler, banned):
-    """The law of upstream's ras_sampling and sampling_ids, branch by branch (float64)."""
+    """The distribution of upstream's ras_sampling and sampling_ids, branch by branch (float64)."""
     scores = scores.double().clone()
     if sampler.bans_by_mask:
         scores[banned] = -torch.inf
-    law = torch.zeros(len(scores), dtype=torch.float64)
+    drawn = torch.zeros(len(scores), dtype=torch.float64)
     full, nucleus, mass = scores.softmax(0), [], 0.0
     for token in full.argsort(descending=True, stable=True).tolist():
         if not (mass < sampler.top_p and len(nucleus) < sampler.top_k):
@@ -225,18 +226,20 @@ def ras_by_hand(scores, decoded, sampler, banned):
             again = scores.clone()
             if sampler.ras_masks_repeat:
                 again[token] = -torch.inf
-            law += first * again.softmax(0)
+            drawn += first * again.softmax(0)
         else:
-            law[token] += first
-    if not sampler.bans_by_mask:  # of 101 trials the first that is not banned: the others' law, divided by their mass
-        law[banned] = 0.0
-        law /= law.sum()
-    return law
+            drawn[token] += first
+    if (
+        not sampler.bans_by_mask
+    ):  # of 101 trials the first that is not banned: the others' distribution, divided by their mass
+        drawn[banned] = 0.0
+        drawn /= drawn.sum()
+    return drawn
 
 
 @pytest.mark.parametrize("masks_repeat", [True, False])
 @pytest.mark.parametrize("bans_by_mask", [True, False])
-def test_the_closed_form_is_the_law_of_upstreams_procedure(masks_repeat, bans_by_mask):
+def test_the_closed_form_is_the_distribution_of_upstreams_procedure(masks_repeat, bans_by_mask):
     rng = generator(5)
     for case in range(60):
         sampler = Sampler(
@@ -255,7 +258,7 @@ def test_the_closed_form_is_the_law_of_upstreams_procedure(masks_repeat, bans_by
         torch.testing.assert_close(got.double(), due, rtol=0, atol=3e-6)
 
 
-def test_upstreams_procedure_draws_from_that_law():
+def test_upstreams_procedure_draws_from_that_distribution():
     """The re-implemented procedure of tests/tiny_cosyvoice.py against the enumeration, 4,000 draws.
 
     One outcome of at most 9 may stray by 5 standard errors: false failure below 1e-5.
@@ -275,8 +278,8 @@ def test_a_nucleus_of_banned_tokens_alone_is_an_error_not_a_token(released):
     lm.head.bias.data[6561] = 1e3
     prefix = lm.prefix(TEXT, PROMPT_TEXT, PROMPT_SPEECH)
     with pytest.raises(NumericsError, match="nothing to draw"):
-        autoregressive(lm, prefix, decode_config(lm.layout, 2, sampler=Sampler(bans_by_mask=False)), generator())
-    assert len(autoregressive(lm, prefix, decode_config(lm.layout, 2), generator()).tokens) == 4  # masked: min_tokens
+        autoregressive(lm, prefix, lm.layout.config(2, sampler=Sampler(bans_by_mask=False)), generator())
+    assert len(autoregressive(lm, prefix, lm.layout.config(2), generator()).tokens) == 4  # masked: min_tokens
 
 
 def old_sampling_ids(below):
@@ -297,21 +300,21 @@ ras_sampling_of_2024.__name__ = "ras_sampling"
 
 
 @pytest.mark.parametrize("make", [Qwen2LM, CosyVoice3LM])
-def test_the_law_is_read_off_upstreams_code(make):
+def test_the_sampling_is_read_off_upstreams_code(make):
     state = torch.get_rng_state()
     llm = make(top_p=0.7, tau_r=0.3)
-    assert upstream_law(llm) == (Sampler(top_p=0.7, ras_tau=0.3), (6561,))
+    assert upstream_sampling(llm) == (Sampler(top_p=0.7, ras_tau=0.3), (6561,))
     for below, banned in ((False, (6561,)), (True, tuple(llm.stop_token_ids))):
         old = type(make.__name__, (make,), {"sampling_ids": old_sampling_ids(below)})()
-        assert upstream_law(old) == (Sampler(bans_by_mask=False), banned)
+        assert upstream_sampling(old) == (Sampler(bans_by_mask=False), banned)
     old.sampling = ras_sampling_of_2024
-    assert upstream_law(old)[0] == Sampler(bans_by_mask=False, ras_masks_repeat=False)
+    assert upstream_sampling(old)[0] == Sampler(bans_by_mask=False, ras_masks_repeat=False)
     old.sampling = lambda *_: 0
     with pytest.raises(InputError, match="only upstream's ras_sampling"):
-        upstream_law(old)
+        upstream_sampling(old)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    upstream_law(llm)
+    upstream_sampling(llm)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -336,7 +339,7 @@ def ends_soon(llm):
 
 
 @pytest.mark.parametrize("make", [Qwen2LM, CosyVoice3LM])
-def test_accelerated_tokens_are_upstreams_where_its_law_leaves_no_choice(make):
+def test_accelerated_tokens_are_upstreams_where_its_sampling_leaves_no_choice(make):
     """top_k = 1, tolerance 0: the uncached loop of the double and ours must say the same, tokens and ends."""
     cosyvoice = CosyVoice(ends_soon(make(**SURE)))
     texts = [torch.tensor([words]) for words in ([3, 1, 4], [2, 7], [9])]
@@ -380,14 +383,14 @@ def test_a_shortest_length_and_a_longest_length_hold_under_acceleration():
 
 
 def test_accelerated_decoding_is_speculative_decoding_of_the_loaded_model(released, tmp_path):
-    """From a draft's folder, with upstream's law, seed after seed; and draft=None is autoregressive."""
+    """From a draft's folder, with upstream's sampling, seed after seed; and draft=None is autoregressive."""
     cosyvoice, lm = CosyVoice(Qwen2LM()), load_cosyvoice(released[2])
     draft = make_draft(lm)
     with torch.no_grad():
         draft.head.weight.mul_(0.9)
     save_draft(tmp_path / "draft", draft, lm, {})
     prefix = lm.prefix(ASKED["text"][0], PROMPT_TEXT, PROMPT_SPEECH)
-    config = decode_config(lm.layout, 2, draft_length=2, tolerance=0.3)
+    config = lm.layout.config(2, draft_length=2, tolerance=0.3)
     with_draft = [speculative(lm, draft, prefix, config, generator(seed)).tokens for seed in (11, 12)]
     alone = autoregressive(lm, prefix, config, generator(11)).tokens
     handle = accelerate(cosyvoice, tmp_path / "draft", tolerance=0.3, draft_length=2, seed=11)
@@ -401,9 +404,8 @@ def test_tokens_come_as_they_are_accepted_and_half_precision_runs():
     ended = []
     cosyvoice = CosyVoice(Qwen2LM(), fp16=True)
     accelerate(cosyvoice, make_draft(target_of(cosyvoice)), on_result=lambda *seen: ended.append(seen))
-    tokens = cosyvoice.model.llm.inference(
-        ASKED["text"], torch.tensor([2]), PROMPT_TEXT[None], torch.tensor([2]), PROMPT_SPEECH[None], torch.tensor([4]), None, uuid="u"
-    )  # fmt: skip
+    parts = [(part, torch.tensor([part.shape[1]])) for part in (ASKED["text"], PROMPT_TEXT[None], PROMPT_SPEECH[None])]
+    tokens = cosyvoice.model.llm.inference(*(x for pair in parts for x in pair), None, uuid="u")
     assert isinstance(next(tokens), int)
     assert not torch.is_inference_mode_enabled()  # a generator that waits leaves nothing switched on
     assert not ended
@@ -516,11 +518,11 @@ def test_upstreams_own_objects(upstream, version):
     assert "inference_wrapper" not in vars(cosyvoice.model.llm)
 
 
-def test_upstreams_own_ras_draws_from_our_law(upstream):
+def test_upstreams_own_ras_draws_from_our_distribution(upstream):
     """20,000 draws, two histories; an outcome may stray by 5 standard errors: false failure below 1e-5."""
     torch.manual_seed(1)
     llm = real_cosyvoice(upstream, 2).model.llm
-    sampler = upstream_law(llm)[0]
+    sampler = upstream_sampling(llm)[0]
     scores = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0, 0.5, -2.0, 1.0])
     for decoded in ([], [0, 3, 8, 8]):
         counts = torch.zeros(9)

@@ -64,6 +64,7 @@ def test_british_and_american_voices_read_differently():
 
 
 def test_prompt_layout_is_cosyvoices():
-    made = text.prompt([3, 4], "bf_emma")
-    assert made == [text.START, len(text.SYMBOLS) + 2, 3, 4, text.TASK]
-    assert max(made) < text.TEXT_VOCABULARY
+    assert text.prompt_and_text([3, 4], "bf_emma") == ([text.START, len(text.SYMBOLS) + 2], [3, 4, text.TASK])
+    space = text.SYMBOL_ID[" "]
+    assert text.prompt_and_text([3, 4], "bf_emma", [7, 8]) == ([text.START, 7, 8, space], [3, 4, text.TASK])
+    assert text.TASK < text.TEXT_VOCABULARY

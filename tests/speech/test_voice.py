@@ -1,18 +1,28 @@
 """The bundled voice, for real: weights, exactness, determinism, long text, broken files."""
 
-import dataclasses
+import importlib
 import json
+import os
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from fake_voice import FakeVoice
 
 import ssd_repro
-from ssd_repro.decoding.result import NumericsError
+from ssd_repro import cli, files
+from ssd_repro.decoding.result import PHASES, DecodeResult, NumericsError, Round
 from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.models import checkpoints
 from ssd_repro.speech import text
+from ssd_repro.speech.text import VOICES
+from ssd_repro.speech.voice import Voice
+
+load_module = importlib.import_module("ssd_repro.speech.load")
 
 TEXT = "The boat is ready, and the weather is fine."
 
@@ -22,18 +32,20 @@ def voice():
     return ssd_repro.load(device="cpu")
 
 
-@pytest.mark.parametrize("draft_length", [1, 3, 6])
-def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice, draft_length):
-    greedy = Sampler(temperature=0.0)
-    for name in voice.names:
-        phones = text.phone_ids(TEXT, text.language(name))
-        made = [
-            voice.decode(phones, method, name, 0.0, draft_length, torch.Generator().manual_seed(0), sampler=greedy)
-            for method in ("autoregressive", "speculative")
-        ]
-        assert made[0].tokens == made[1].tokens
-        assert 0 < made[1].accepted < made[1].drafted  # the draft's work, and not the target's
-        assert made[1].target_calls < made[0].target_calls
+@pytest.mark.parametrize("name", VOICES)
+def test_greedy_speculative_equals_greedy_autoregressive_token_for_token(voice, name):
+    phones = text.phone_ids("The boat is ready, and so am I.", text.language(name))
+    settings = {"sampler": Sampler(temperature=0.0), "max_tokens": 32}
+
+    def decode(method, draft_length):
+        return voice.decode(phones, method, name, 0.0, draft_length, torch.Generator().manual_seed(0), **settings)
+
+    alone = decode("autoregressive", 3)
+    for draft_length in (1, 3, 6) if name == VOICES[0] else (3,):
+        made = decode("speculative", draft_length)
+        assert made.tokens == alone.tokens and len(alone.tokens) > 20
+        assert 0 < made.accepted < made.drafted  # the draft's work, and not the target's
+        assert made.target_calls < alone.target_calls
 
 
 def test_same_seed_same_tokens_and_another_seed_others(voice):
@@ -59,8 +71,9 @@ def test_a_take_says_what_it_did(voice, method):
 
 def test_long_text_is_spoken_piece_by_piece(voice):
     take = voice.speak(" ".join([TEXT] * 8), "draft")
-    assert len(take.sentences) == 3
-    assert len(take.token_ids) == sum(len(s.tokens) for s in take.sentences)
+    counts = [len(piece.tokens) for piece in take.sentences]
+    assert len(counts) == 3 and len(take.token_ids) == sum(counts)
+    assert len(take.audio) == 960 * sum(counts) + 2 * 4800
 
 
 def test_no_stop_before_the_least_length_and_none_beyond_the_most(voice):
@@ -147,7 +160,7 @@ def test_saving_and_loading_keeps_every_weight(voice, tmp_path):
     codec, target, draft, about = checkpoints.load_voice(checkpoints.BUNDLED)
     checkpoints.save_voice(tmp_path, codec, target, draft, {"voices": about["voices"]})
     again = checkpoints.load_voice(tmp_path)
-    for old, new in zip((codec, target, draft), again):
+    for old, new in zip((codec, target, draft), again[:3], strict=True):
         assert all(torch.equal(v, new.state_dict()[k]) for k, v in old.state_dict().items())
     assert again[3]["sha256"] == about["sha256"]
 
@@ -156,9 +169,114 @@ def test_weights_stay_small():
     assert sum(p.stat().st_size for p in checkpoints.BUNDLED.rglob("*") if p.is_file()) < 80e6
 
 
-def test_save_leaves_nothing_behind_when_it_fails(voice, tmp_path, monkeypatch):
-    take = dataclasses.replace(voice.speak(TEXT, "draft"))
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
-    with pytest.raises(OSError, match="no"):
+def test_save_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
+    take = FakeVoice().speak(TEXT, "draft")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ssd_repro.InputError, match="x.wav: No space left on device; what was there is kept"):
         take.save(tmp_path / "x.wav")
     assert not list(tmp_path.iterdir())
+
+
+def test_saved_files_have_the_mode_that_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        FakeVoice().speak(TEXT, "draft").save(tmp_path / "x.wav")
+        files.write_text(tmp_path / "x.json", "{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+# Prefill: all that comes before the first token
+
+
+@pytest.mark.parametrize("method", ssd_repro.METHODS)
+def test_embedding_the_prompt_is_prefill(voice, monkeypatch, method):
+    embed = voice.target.prefix
+    monkeypatch.setattr(voice.target, "prefix", lambda *ids: time.sleep(0.3) or embed(*ids))
+    take = voice.speak("Yes.", method)
+    assert 0.3 <= take.seconds["prefill"] < take.lm_seconds
+    assert take.lm_seconds == pytest.approx(sum(take.seconds[k] for k in ("prefill", "draft", "verify", "rest")))
+
+
+# A text that comes out empty
+
+
+EMPTY = DecodeResult((), True, (Round(0, 0, 1, "sampled"),), 1, 0, dict.fromkeys(PHASES, 0.1))
+
+
+def test_a_text_that_comes_out_empty_is_a_take_without_sound(tmp_path):
+    voice = FakeVoice()
+    voice.decode = lambda *_, **__: EMPTY
+    take = Voice.speak(voice, "One. Two.")
+    assert take.token_ids == () and take.audio.shape == (0,) and take.audio.dtype == np.float32
+    assert take.lm_rtf is None and take.rtf is None and take.acceptance_rate is None
+    assert take.tokens_per_target_call == 1 and take.stopped and take.lm_seconds == pytest.approx(0.4)
+    assert take.synthesis_seconds >= take.lm_seconds
+    facts = json.loads(json.dumps(take.summary(), allow_nan=False))
+    assert facts["tokens"] == facts["audio_seconds"] == 0 and facts["lm_rtf"] is None
+    assert soundfile.info(take.save(tmp_path / "x.wav")).frames == 0
+    assert "0 tokens, 0.00 s of audio" in take._repr_html_()
+    assert "the text came out empty" in cli.describe(take, None)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_an_empty_piece_has_neither_sound_nor_pause(empty):
+    voice = FakeVoice()
+    decode, voice.front.pieces = voice.decode, lambda *_: [[0, 1], [1, 1], [2, 1]]
+    voice.decode = lambda piece, *rest, **other: EMPTY if piece[0] == empty else decode(piece, *rest, **other)
+    take = voice.speak("One, two, three.")
+    counts = [len(piece.tokens) for piece in take.sentences]
+    assert counts[empty] == 0 and all(count for i, count in enumerate(counts) if i != empty)
+    assert len(take.audio) == 960 * sum(counts) + 4800
+
+
+# Threads
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """torch's own number of threads, whatever this environment says; and back."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(load_module, "TORCH_THREADS", 3)
+    torch.set_num_threads(2)
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_a_small_model_decodes_in_one_thread(threads):
+    assert ssd_repro.load(device="cpu").threads == torch.get_num_threads() == 1
+    threads.setattr(load_module, "SMALL_MODEL", 1_000_000)  # now the bundled voice is a large one
+    assert ssd_repro.load(device="cpu").threads == torch.get_num_threads() == 3
+
+
+def test_threads_that_the_user_sets_are_left_alone(threads):
+    assert ssd_repro.load(device="cpu", threads=4).threads == torch.get_num_threads() == 4
+    threads.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    assert ssd_repro.load(device="cpu").threads == torch.get_num_threads() == 2
+
+
+def test_nothing_but_load_sets_torchs_threads():
+    package = Path(ssd_repro.__file__).parent
+    found = [path for path in package.rglob("*.py") if "set_num_threads" in path.read_text()]
+    assert found == [package / "speech" / "load.py"]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 1.5}, "threads is 1.5"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"precision": "fp16"}, "precision 'fp16' is unknown: choose fp32 or bf16"),
+        ({"front_end": "magic"}, "front_end 'magic' is unknown: choose upstream or tokens"),
+        ({"device": "tpu"}, "device 'tpu' is unknown"),
+        ({"draft": "x"}, "leave draft and data empty"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_read(monkeypatch, option, says):
+    monkeypatch.setattr(checkpoints, "load_voice", lambda folder: pytest.fail("the weights were read"))
+    with pytest.raises(ssd_repro.InputError, match=says):
+        ssd_repro.load(**{"device": "cpu"} | option)

@@ -7,6 +7,7 @@ import pytest
 from ssd_repro.errors import InputError
 from ssd_repro.speech import sentences
 from ssd_repro.speech import text as text_module
+from ssd_repro.speech.sentences import Utterance
 from ssd_repro.training import corpus
 
 
@@ -21,53 +22,37 @@ class Teacher:
         return np.linspace(-1.2, 1.2, len(text)), corpus.SAMPLE_RATE
 
 
-@pytest.fixture
-def lines(tmp_path):
-    path = tmp_path / "t.txt"
-    path.write_text(
-        "".join(f"LJ{i:03d}|sentence number {i} of the list, long enough\n" for i in range(40)) + "LJ999|short\n"
-    )
-    return corpus.plan(path)
+LINES = [
+    Utterance(f"{voice}_LJ{i}", f"sentence number {i} of the list", voice)
+    for i, voice in enumerate((*text_module.VOICES, "af_heart", "bf_emma"))
+]
 
 
-def test_plan_deals_pairs_to_the_voices_in_turn_and_leaves_short_lines_out(lines):
-    assert len(lines) == 40
-    assert [line.voice for line in lines[:6]] == [
-        "af_heart",
-        "am_michael",
-        "am_michael",
-        "bf_emma",
-        "bf_emma",
-        "bm_george",
-    ]
-    assert lines[0].id == f"af_heart_{lines[0].id[-5:]}"
-    assert len({line.id for line in lines}) == 40
-
-
-def test_build_resumes_and_keeps_every_row_once(lines, tmp_path):
+def test_build_resumes_and_keeps_every_row_once(tmp_path):
     out, first, second = tmp_path / "c", Teacher(), Teacher()
-    corpus.build(first, lines[:5], out)
-    index = corpus.build(second, lines[:8], out)
-    rows = corpus.read_metadata(index)
-    assert [row["id"] for row in rows] == [line.id for line in lines[:8]]
+    corpus.build(first, LINES[:5], out)
+    with (out / "metadata.csv").open("a") as index:
+        index.write("half a li")  # of a killed run
+    made = corpus.build(second, LINES, out)
+    assert list(made.rows) == [one.text_id for one in LINES]
     assert len(second.asked) == 3
     import soundfile
 
-    for row in rows:
-        pcm, rate = soundfile.read(out / f"{row['id']}.flac", dtype="int16")
+    for row in made.rows.values():
+        pcm, rate = soundfile.read(made.path(row["id"]), dtype="int16")
         assert rate == corpus.SAMPLE_RATE and len(pcm) == int(row["samples"])
         assert corpus.digest(pcm) == row["sha256_int16_24k"]
 
 
-def test_british_voices_are_asked_for_british_speech(lines):
+def test_british_voices_are_asked_for_british_speech():
     teacher = Teacher()
-    pcm = corpus.teach(teacher, next(line for line in lines if line.voice == "bf_emma"))
+    pcm = corpus.teach(teacher, next(one for one in LINES if one.voice == "bf_emma"))
     assert teacher.asked[0][2] == "en-gb"
     assert pcm.dtype == np.int16 and pcm.max() == 32767 and pcm.min() == -32767  # clipped, not wrapped
 
 
 def test_manifest_is_whole_and_shares_no_sentence_or_phrase_with_the_evaluation():
-    rows = corpus.manifest()
+    rows = corpus.read_metadata(corpus.MANIFEST)
     assert len({row["id"] for row in rows}) == len(rows) > 1500
     assert {row["voice"] for row in rows} == set(text_module.VOICES)
 
@@ -81,7 +66,7 @@ def test_manifest_is_whole_and_shares_no_sentence_or_phrase_with_the_evaluation(
 
 
 def test_metadata_survives_writing_and_reading(tmp_path):
-    rows = corpus.manifest()[:20]
+    rows = corpus.read_metadata(corpus.MANIFEST)[:20]
     rows[0]["text"] = 'he said "no" \\ | yes'
     corpus.write_metadata(tmp_path / "m.csv", rows)
     assert corpus.read_metadata(tmp_path / "m.csv") == rows
@@ -92,3 +77,5 @@ def test_missing_teacher_and_voices_are_named(tmp_path):
         corpus.find_teacher(str(Path("nowhere.onnx")))
     with pytest.raises(InputError, match="kokoro-js"):
         corpus.find_voices("", tmp_path)
+    with pytest.raises(InputError, match="run notebook 10 first"):
+        corpus.Corpus.read(tmp_path)

@@ -29,12 +29,13 @@ from ssd_repro.models.codec import Codec, CodecConfig
 from ssd_repro.models.cosyvoice import END_OF_PROMPT, load_cosyvoice
 from ssd_repro.models.draft import make_draft
 from ssd_repro.speech.text import TASK, VOICES
-from ssd_repro.training import data as data_module
+from ssd_repro.training import deployed
 from ssd_repro.training import draft as draft_module
-from ssd_repro.training.data import Batches, Example, voice_target
-from ssd_repro.training.draft import Settings
-from ssd_repro.training.loop import learning_rate
-from ssd_repro.training.target import TargetTrainer
+from ssd_repro.training.data import Example
+from ssd_repro.training.deployed import load_target, voice_target
+from ssd_repro.training.loop import Batches, Settings
+from ssd_repro.training.parallel import processes
+from ssd_repro.training.target import TargetOptions
 
 pytest.importorskip("accelerate", reason="the extra scale is not installed")
 SMALL = CodecConfig(encoder_width=16, decoder_width=16, encoder_blocks=1, decoder_blocks=1, hint=8)
@@ -47,7 +48,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     codec = Codec(SMALL)
-    target = TargetTrainer(codec, hidden=16, ffn=32, layers=4, heads=2, kv_heads=1).folded()
+    target = TargetOptions(hidden=16, ffn=32, layers=4, heads=2, kv_heads=1).untrained(codec)
     facts = {
         "voices": list(VOICES),
         "references": {},
@@ -70,10 +71,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def train(world, out, log=lambda line: None, **settings):
-    return draft_module.train(
-        world / "voice", world / "data", out, Settings(**(FAST | settings)), held_out=3, device="cpu", log=log
-    )
+def train(world, out, log=lambda line: None, recipe="paper", **settings):
+    folders, settings = (world / "voice", world / "data", out), Settings(**(FAST | settings))
+    return draft_module.train(*folders, settings, recipe, held_out=3, device="cpu", log=log)
 
 
 def command(world, out, **settings):
@@ -151,6 +151,12 @@ def test_killed_and_resumed_gives_the_same_weights(world, tmp_path):
     assert not (out / "checkpoint.pt").exists()
 
 
+def test_a_draft_that_was_stopped_early_is_not_taken_for_a_whole_one(world, tmp_path):
+    train(world, tmp_path, steps=4, until=2)
+    with pytest.raises(InputError, match="draft.json is of a run with until 2, now it is 0"):
+        train(world, tmp_path, steps=4)
+
+
 def test_accumulation_changes_nothing(world, tmp_path):
     train(world, tmp_path / "whole", steps=4)
     train(world, tmp_path / "parts", steps=4, accumulate=4)
@@ -168,8 +174,10 @@ def test_samples_are_made_once(world, on_policy, tmp_path, monkeypatch):
     (folder / "00000.jsonl").write_text("".join(text[:4]) + text[7][:20])
     (folder / "00005.jsonl").write_text("".join(text[4:6]))
     asked = []
-    say = draft_module.say
-    monkeypatch.setattr(draft_module, "say", lambda target, one, seed: asked.append(one.id) or say(target, one, seed))
+    sample = deployed.sample_one
+    monkeypatch.setattr(
+        deployed, "sample_one", lambda target, one, seed: asked.append(one.id) or sample(target, one, seed)
+    )
     train(world, tmp_path / "out", recipe="on-policy", steps=8)
     assert asked == [row["id"] for row in made[6:]]
     assert sorted(samples(tmp_path / "out"), key=str) == sorted(made, key=str)
@@ -190,16 +198,17 @@ def test_samples_are_what_the_deployed_target_says(world, on_policy):
         config = voice.config(len(phones), 0.0, 1)
         assert config.min_tokens <= len(row["speech"]) <= config.max_tokens
         assert row["stopped"] == (len(row["speech"]) < config.max_tokens)
-    target = data_module.load_target(world / "voice")
+    target = load_target(world / "voice")
     for row in made:  # what stands in front is what the voice itself puts there: its prompt, or a voice token
         name = VOICES[int(row["id"][1:].split("/")[0]) % 6]
         assert row["prompt_speech"] == ([4, 5, 6] if name == VOICES[0] else [])
         prefix = voice.prefix(row["text_ids"][:-1], name)
-        torch.testing.assert_close(target.embed(Example.from_row(row)), prefix)
+        batch = target.collate([Example.from_row(row)])
+        torch.testing.assert_close(batch.embedded[:, : prefix.shape[1]], prefix)
     one = Example.from_row(made[0])
-    first, second, other = (draft_module.say(target, one, seed).row() for seed in (0, 0, 1))
+    first, second, other = (deployed.sample_one(target, one, seed).row() for seed in (0, 0, 1))
     assert first == second == made[0] != other
-    cut = data_module.collate(target, [replace(one, stopped=False)])
+    cut = target.collate([replace(one, stopped=False)])
     assert cut.labels.tolist() == made[0]["speech"] and len(cut.history) == int(cut.at.sum()) == len(cut.labels)
 
 
@@ -207,12 +216,13 @@ def test_samples_are_what_the_deployed_target_says(world, on_policy):
 
 
 def test_the_papers_recipe_moves_the_bottom_and_the_head_alone(world, tmp_path):
-    target = data_module.load_target(world / "voice")
+    target = load_target(world / "voice")
     before = {name: value.clone() for name, value in target.lm.state_dict().items()}
-    groups = data_module.read_data(world / "data", target)
+    groups = target.read(world / "data")
     learned = [one for group in groups for one in group]
     settings = Settings(60, **(FAST | {"save_every": 20, "learning_rate": 1e-2}))
-    draft, rows = draft_module.train_draft(target, learned, learned[:4], settings, tmp_path, log=lambda _: None)
+    alone = processes("cpu")
+    draft, rows = draft_module.train_draft(target, learned, learned[:4], settings, tmp_path, accelerator=alone)
     assert all(torch.equal(value, before[name]) for name, value in target.lm.state_dict().items())
     moved = {name for name, value in draft.named_parameters() if value.requires_grad}
     assert {name.split(".")[2] for name in moved if name.startswith("model")} == {"0"} and "head.weight" in moved
@@ -220,8 +230,8 @@ def test_the_papers_recipe_moves_the_bottom_and_the_head_alone(world, tmp_path):
     assert draft.model.layers[1].mlp.up_proj.weight is target.lm.model.layers[3].mlp.up_proj.weight
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert [row["step"] for row in rows] == [20, 40, 50, 60] and 0 < rows[-1]["dev_overlap"] <= 1
-    assert [row["learning_rate"] for row in rows] == [learning_rate(settings, row["step"] - 1) for row in rows]
-    assert rows[-1]["tokens"] == sum(one.labels for step in range(60) for one in Batches(learned, 6, 0)(step))
+    assert [row["learning_rate"] for row in rows] == [settings.rate(row["step"] - 1) for row in rows]
+    assert rows[-1]["labels"] == sum(one.labels for step in range(60) for one in Batches(learned, 6, 0)(step))
 
 
 def reference_logits(target, lm, one):
@@ -263,9 +273,9 @@ def test_the_loss_is_the_mean_over_all_tokens_after_the_prompt(loss, tmp_path):
     assert count == 10 + 3 + 5
     (total / count).backward()
     norm = torch.stack([value.grad.norm() for value in draft.parameters() if value.requires_grad]).norm()
-    settings = Settings(1, loss=loss, batch=3, accumulate=2, precision="fp32", learning_rate=1e-9)
-    row = draft_module.train_draft(target, examples, examples, settings, tmp_path, log=lambda _: None)[1][0]
-    assert row["loss"] == pytest.approx(float(total) / count, rel=1e-5)
+    settings = Settings(1, batch=3, accumulate=2, precision="fp32", learning_rate=1e-9)
+    row = draft_module.train_draft(target, examples, examples, settings, tmp_path, loss=loss)[1][0]
+    assert row["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
     assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["dev_overlap"] == pytest.approx(overlap / count, rel=1e-5)
     assert row["dev_acceptance"] == pytest.approx(sampled / count, rel=1e-4)
@@ -277,16 +287,15 @@ def test_on_policy_brings_the_draft_to_the_law_of_the_target(tmp_path):
     target = voice_target(lm, 13, Sampler(ras=False), (2.0, 6.0))
     rng = np.random.default_rng(0)
     texts = [Example(str(i), rng.integers(0, 5, 6).astype(np.int32), np.zeros(1, np.int32)) for i in range(40)]
-    settings = Settings(24, recipe="on-policy", batch=16, warmup=3, learning_rate=1e-2)
-    alone, quiet = draft_module.processes("cpu"), {"log": lambda line: None}
-    spoken = draft_module.sample(target, texts, settings, tmp_path / "samples", alone, **quiet)
+    settings = Settings(24, batch=16, warmup=3, learning_rate=1e-2)
+    alone = processes("cpu")
+    spoken = deployed.sample(target, texts, settings, tmp_path / "samples", alone)
     train, dev = spoken[8:], spoken[:8]
     untrained = replace(settings, steps=1, learning_rate=1e-9)
     before, after = (
-        draft_module.train_draft(target, train, dev, s, tmp_path / str(s.steps), alone, **quiet)[1][-1]
+        draft_module.train_draft(target, train, dev, s, tmp_path / str(s.steps), "on-policy", accelerator=alone)[1][-1]
         for s in (untrained, settings)
     )
-    assert settings.loss == "kl" and settings.precision == "bf16"
     assert after["dev_acceptance"] > before["dev_acceptance"] + 0.05
     assert after["loss"] < 0.8 * before["loss"]
 
@@ -296,7 +305,7 @@ def test_cosyvoice(version, tmp_path):
     """Its files as target: embeddings and labels as upstream lays them out, lengths as it decodes, the draft loads."""
     upstream = tiny_cosyvoice.Upstream(version, text_vocab=END_OF_PROMPT + 1 if version == 3 else 300)
     tiny_cosyvoice.save_released(tmp_path / "cosyvoice", upstream)
-    target = data_module.load_target(tmp_path / "cosyvoice")
+    target = load_target(tmp_path / "cosyvoice")
     row = {
         "text_ids": [7, 8, 9],
         "speech": [5, 6, 4, 6560],
@@ -305,9 +314,11 @@ def test_cosyvoice(version, tmp_path):
     }
     if version == 3:
         with pytest.raises(ValueError, match="151646"):
-            data_module._check(Example.from_row({"id": "x"} | row), target)
+            rows = tmp_path / "bad.jsonl"
+            rows.write_text(json.dumps({"id": "x"} | row))
+            target.read(rows)
         row["prompt_text"] = [END_OF_PROMPT, 2]
-    batch = data_module.collate(target, [Example.from_row({"id": "x"} | row)])
+    batch = target.collate([Example.from_row({"id": "x"} | row)])
     text, prompt_text, prompt_speech, speech = (
         torch.tensor(row[name]) for name in ("text_ids", "prompt_text", "prompt_speech", "speech")
     )
@@ -321,10 +332,8 @@ def test_cosyvoice(version, tmp_path):
 
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"id": str(i)} | row) + "\n" for i in range(4)))
-    settings = Settings(2, recipe="on-policy", batch=2)
-    draft_module.train(
-        tmp_path / "cosyvoice", data, tmp_path / "out", settings, held_out=1, device="cpu", log=lambda _: None
-    )
+    folders = tmp_path / "cosyvoice", data, tmp_path / "out"
+    draft_module.train(*folders, Settings(2, batch=2), "on-policy", held_out=1, device="cpu")
     made = samples(tmp_path / "out")
     assert [made[0][name] for name in ("prompt_text", "prompt_speech")] == [row["prompt_text"], [1, 0, 1]]
     assert all(len(row["speech"]) <= 60 and len({str(r["speech"]) for r in made}) == 4 for row in made)
@@ -332,26 +341,11 @@ def test_cosyvoice(version, tmp_path):
     assert len(draft.model.layers) == 2 and (draft.head.bias is None) == (version == 3)
 
 
-def test_every_epoch_shows_every_batch_once_and_depends_on_the_seed_alone():
-    rng = np.random.default_rng(0)
-    sizes = [*rng.integers(1, 99, 22), 999]  # one is always the longest
-    examples = [Example(str(i), np.zeros(1, np.int32), np.zeros(n, np.int32)) for i, n in enumerate(sizes)]
-
-    def ids(batches, steps):
-        return [[one.id for one in batches(step)] for step in steps]
-
-    order = Batches(examples, 5, 3)
-    epochs = [ids(order, range(4 * e, 4 * e + 4)) for e in range(30)]
-    assert all(len({i for batch in epoch for i in batch}) == 20 for epoch in epochs)
-    assert {i for epoch in epochs for batch in epoch for i in batch} == {one.id for one in examples}
-    assert ids(Batches(examples, 5, 3), [77, 2]) == ids(order, [77, 2]) != ids(Batches(examples, 5, 4), [77, 2])
-
-
 # What is loaded
 
 
 def test_a_draft_is_loaded_onto_its_target(world, on_policy):
-    target = data_module.load_target(world / "voice").lm
+    target = load_target(world / "voice").lm
     draft = checkpoints.load_draft(on_policy, target)
     stored = weights(on_policy)
     assert {name for name, value in draft.named_parameters() if value.requires_grad} == stored.keys()
@@ -384,7 +378,7 @@ def spoil(target):
 )
 def test_a_draft_that_does_not_fit(world, on_policy, tmp_path, damage, sentence):
     shutil.copytree(on_policy, tmp_path / "draft")
-    target = data_module.load_target(world / "voice").lm
+    target = load_target(world / "voice").lm
     damage(tmp_path / "draft", target)
     with pytest.raises(InputError, match=sentence):
         checkpoints.load_draft(tmp_path / "draft", target)
@@ -411,19 +405,20 @@ def test_bad_rows_are_named(world, tmp_path, rows, sentence):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     with pytest.raises(InputError, match=sentence):
-        data_module.read_data(tmp_path, data_module.load_target(world / "voice"))
+        load_target(world / "voice").read(tmp_path)
 
 
 def test_a_shard_that_was_cut(world, tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode() * 99)[:-20])
     with pytest.raises(InputError, match="cannot be read to its end"):
-        data_module.read_data(tmp_path, data_module.load_target(world / "voice"))
+        load_target(world / "voice").read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         ({"recipe": "magic"}, "recipe is 'magic'"),
+        ({"loss": "magic"}, "loss is 'magic'"),
         ({"batch": 99}, "batch is 99; it must be from 1 to 22"),
         ({"accumulate": 7}, "need at least 7"),
         ({"held-out": 14}, "held_out is 14"),
