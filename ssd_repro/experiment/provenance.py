@@ -1,4 +1,4 @@
-"""Where results come from: protocol, machine, versions, commit, parameters."""
+"""Where results come from: protocol, machine and its load, versions, commit, parameters."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import platform
+import socket
+import time
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 from ..files import git_state, source_tree, write_text
-from .machine import machine_kind
+from ..processes import process
 
 # Part of every row's key. Raise it by hand when what is decoded or measured changes; the golden tests
 # (tests/decoding, tests/experiment/golden_metrics.json) fail if that changes without it.
@@ -24,7 +26,50 @@ PACKAGES = (
 
 def row_context(device) -> dict:
     """The part of a row's settings that all rows of this machine share: protocol, device, chip, threads, torch."""
-    return {"protocol": PROTOCOL, **machine_kind(device)}
+    import torch
+
+    kind = str(device).partition(":")[0]  # which of several GPUs it was does not count
+    chip = torch.cuda.get_device_name(device) if kind == "cuda" else processor()
+    threads = torch.get_num_threads()
+    return {"protocol": PROTOCOL, "device": kind, "chip": chip, "threads": threads, "torch": torch.__version__}
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class LoadMeter:
+    """How many cores other work takes on this machine. All processes of a group make theirs together."""
+
+    def __init__(self) -> None:
+        import psutil
+        import torch.distributed as dist
+
+        own = (socket.gethostname(), os.getpid())
+        everyone = [own] * process()[1]
+        if len(everyone) > 1:
+            dist.all_gather_object(everyone, own)
+        self.own = [psutil.Process(pid) for host, pid in everyone if host == own[0]]
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.before = time.perf_counter(), self._seconds_of_others()
+
+    def other_load(self) -> float:
+        """Mean number of cores that processes outside of this run used since ``restart``."""
+        used = self._seconds_of_others() - self.before
+        return round(max(0.0, used) / (time.perf_counter() - self.began), 2)
+
+    def _seconds_of_others(self) -> float:
+        import psutil
+
+        whole = psutil.cpu_times()
+        busy = sum(getattr(whole, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
+        return busy - sum(sum(own.cpu_times()[:2]) for own in self.own if own.is_running())  # user and system
 
 
 def code_sha256(package: Path = Path(__file__).parents[1]) -> str:

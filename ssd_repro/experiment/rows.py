@@ -99,17 +99,19 @@ def count_empty(rows: pd.DataFrame) -> int:
 
 
 def row_settings(system: System, utterance: Utterance, context: dict, models: dict) -> dict:
-    """What a row is of; ``models``: those that score it, of no weight for a row that is not scored."""
-    return {**asdict(system), **asdict(utterance), **context, **(models if system.scored else {})}
+    """What a row is of, under its key; ``models``: those that score it, of no weight where it is not scored.
+
+    The key of a scored row begins with the key of the same decoding unscored.
+    """
+    decoding = {**asdict(system), **asdict(utterance), **context}
+    unscored = key(decoding | {"scored": False})
+    if not system.scored:
+        return {"key": unscored, **decoding}
+    return {"key": f"{unscored}-{key(models)}", **decoding, **models}
 
 
 def key(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def unscored_key(settings: dict, models: dict) -> str:
-    """The key of the same decoding without scores."""
-    return key({k: v for k, v in settings.items() if k not in models} | {"scored": False})
 
 
 @contextmanager
@@ -120,19 +122,14 @@ def locked_rows(folder, name: str, rank: int = 0, world: int = 1):
         yield path
 
 
-def rank_files(path: Path) -> list[Path]:
-    """What several processes wrote for the rows file ``path``."""
-    return sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
-
-
 def rows_of_folder(folder) -> dict[str, dict]:
     """key -> row, of all rows files of a results folder, each process's part of them included.
 
     A scored row is also found under the key that it would have unscored, if no other row has that.
     """
     paths = sorted((Path(folder) / "rows").glob("*.jsonl"))
-    rows = [row for path in paths for row in read_rows(path)]
-    return {row["unscored_key"]: row for row in rows if "unscored_key" in row} | {row["key"]: row for row in rows}
+    rows = {row["key"]: row for path in paths for row in read_rows(path)}
+    return {name.partition("-")[0]: row for name, row in rows.items()} | rows
 
 
 def merge_rows(path: Path) -> None:
@@ -142,7 +139,7 @@ def merge_rows(path: Path) -> None:
     their keys there and adds none twice. InputError while a process still writes.
     """
     drop_half_line(path)
-    for part in rank_files(path):
+    for part in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
         with locked(part.with_suffix(".lock")):
             known = {row["key"] for row in read_rows(path)}
             append_rows(path, {r["key"]: r for r in read_rows(part) if r["key"] not in known}.values())

@@ -23,19 +23,8 @@ from ..files import append_row, drop_half_line
 from ..processes import process, wait_for_all
 from ..speech.sentences import Utterance
 from . import metrics
-from .machine import LoadMeter, processes_of_run
-from .provenance import row_context
-from .rows import (
-    baseline_fields,
-    decoding_fields,
-    key,
-    locked_rows,
-    merge_rows,
-    row_settings,
-    rows_of_folder,
-    to_frame,
-    unscored_key,
-)
+from .provenance import LoadMeter, row_context
+from .rows import baseline_fields, decoding_fields, locked_rows, merge_rows, row_settings, rows_of_folder, to_frame
 from .systems import System, distinct, turn_order
 
 WARM_UP = "This short sentence warms the machine up."
@@ -44,21 +33,12 @@ BLOCK = 4  # utterances that each of several processes decodes before they all m
 
 @dataclass(frozen=True)
 class Job:
-    """One utterance; the settings of its row under every system; the systems that lack that row."""
+    """One utterance; its row's settings under every system; the systems that lack that row; those that decode."""
 
     utterance: Utterance
-    turn: int  # decides which system begins
     settings: dict[System, dict]
     missing: list[System]
-
-
-@dataclass(frozen=True)
-class Scorers:
-    """The metric models by name, and what rows say of them."""
-
-    whisper: str
-    speaker: str
-    about: dict[str, str]
+    order: list[System]  # in which they take turns
 
 
 def run(
@@ -75,31 +55,30 @@ def run(
     systems = distinct(systems, voice)
     _check(voice, systems, utterances, repeats)
     scored = voice.audible and any(system.scored for system in systems)
-    scorers = Scorers(whisper, speaker, metrics.models(whisper, speaker) if scored else {})
-    context = _context(voice, repeats)
+    models = metrics.models(whisper, speaker) if scored else {}
     rank, world = process()
     block = BLOCK if world > 1 else 1
     blocks = range(0, -(-len(utterances) // world), block)  # as many for every process
-    load = LoadMeter(processes_of_run())
+    load = LoadMeter()
 
     with locked_rows(folder, name, rank, world) as path:
         if world == 1:
             merge_rows(path)
         drop_half_line(path)
         known = rows_of_folder(folder)
-        jobs = _plan(systems, utterances[rank::world], known, context, scorers)
-        _warm_up(voice, systems, jobs, scorers)
+        jobs = _plan(voice, systems, utterances[rank::world], known, repeats, models)
+        _warm_up(voice, jobs, whisper, speaker)
         wait_for_all()  # nobody is timed while another warms up
         for first in progress(blocks):
-            timed = [(job, *_decode(voice, systems, job, repeats, load)) for job in jobs[first : first + block]]
+            timed = [(job, *_decode(voice, job, repeats, load)) for job in jobs[first : first + block]]
             wait_for_all()
             for job, takes, other_load in timed:
-                for row in _measure(voice, job, takes, scorers):
+                for row in _measure(voice, job, takes, whisper, speaker):
                     row |= {"processes": world, "other_load": other_load}
                     append_row(path, row)
                     known[row["key"]] = row
             wait_for_all()
-    return to_frame(known[key(settings)] for job in jobs for settings in job.settings.values())
+    return to_frame(known[settings["key"]] for job in jobs for settings in job.settings.values())
 
 
 def _check(voice, systems: list[System], utterances: list[Utterance], repeats: int) -> None:
@@ -110,9 +89,9 @@ def _check(voice, systems: list[System], utterances: list[Utterance], repeats: i
             voice.check(utterance.text, voice=utterance.voice, seed=utterance.seed, **system.arguments())
 
 
-def _context(voice, repeats: int) -> dict:
-    """The settings that all rows of a run share."""
-    return {
+def _plan(voice, systems: list[System], utterances, known: dict, repeats: int, models: dict[str, str]) -> list[Job]:
+    """A job per utterance, also where no row is missing; ``known``: rows by key."""
+    context = {
         **row_context(voice.device),
         "precision": voice.precision,
         "runtime": voice.runtime,
@@ -121,29 +100,25 @@ def _context(voice, repeats: int) -> dict:
         "sampler": asdict(voice.sampler),
         "repeats": repeats,
     }
-
-
-def _plan(systems, utterances, known: dict[str, dict], context: dict, scorers: Scorers) -> list[Job]:
-    """What is to be decoded: a job per utterance, also where no row is missing."""
     jobs = []
     for turn, utterance in enumerate(utterances):
-        settings = {system: row_settings(system, utterance, context, scorers.about) for system in systems}
-        jobs.append(Job(utterance, turn, settings, [s for s in systems if key(settings[s]) not in known]))
+        settings = {system: row_settings(system, utterance, context, models) for system in systems}
+        missing = [system for system in systems if settings[system]["key"] not in known]
+        jobs.append(Job(utterance, settings, missing, turn_order(systems, missing, turn)))
     return jobs
 
 
-def _warm_up(voice, systems: list[System], jobs: list[Job], scorers: Scorers) -> None:
+def _warm_up(voice, jobs: list[Job], whisper: str, speaker: str) -> None:
     """Fail early if a metric model is missing; then decode a short text with every system that will decode."""
-    missing = [system for system in systems if any(system in job.missing for job in jobs)]
-    if voice.audible and any(system.scored for system in missing):
-        metrics.load(scorers.whisper, scorers.speaker)
-    for system in turn_order(missing, missing, 0):
+    if voice.audible and any(system.scored for job in jobs for system in job.missing):
+        metrics.load(whisper, speaker)
+    for system in dict.fromkeys(system for job in jobs for system in job.order):
         voice.speak(WARM_UP, voice=jobs[0].utterance.voice, seed=0, **system.arguments())
 
 
-def _decode(voice, systems, job: Job, repeats: int, load: LoadMeter) -> tuple[dict[System, list], float | None]:
+def _decode(voice, job: Job, repeats: int, load: LoadMeter) -> tuple[dict[System, list], float]:
     """Timed decodes of one utterance, the systems in turn -> the takes of each, and the load by other work."""
-    said, takes = job.utterance, {system: [] for system in turn_order(systems, job.missing, job.turn)}
+    said, takes = job.utterance, {system: [] for system in job.order}
     load.restart()
     for _ in range(repeats):
         for system, of_system in takes.items():
@@ -151,23 +126,17 @@ def _decode(voice, systems, job: Job, repeats: int, load: LoadMeter) -> tuple[di
     return takes, load.other_load()
 
 
-def _measure(voice, job: Job, takes: dict[System, list], scorers: Scorers) -> Iterator[dict]:
+def _measure(voice, job: Job, takes: dict[System, list], whisper: str, speaker: str) -> Iterator[dict]:
     """The rows that were missing, one by one as they are scored."""
     for system in (system for system in takes if system in job.missing):
-        settings = job.settings[system]
+        take, scores = takes[system][0], metrics.UNSCORED
+        if system.scored and voice.audible:
+            audio = take.audio if take.token_ids else take.audio[:0]  # Whisper finds words in an empty take's pauses
+            reference = voice.reference(job.utterance.voice)
+            scores = metrics.measure(audio, take.sample_rate, job.utterance.text, reference, whisper, speaker)
         yield {
-            "key": key(settings),
-            "unscored_key": unscored_key(settings, scorers.about),
-            **settings,
+            **job.settings[system],
             **decoding_fields(takes[system]),
             **baseline_fields(next(each for other, each in takes.items() if other.is_baseline)),
-            **_scores(voice, system, job.utterance, takes[system][0], scorers),
+            **scores,
         }
-
-
-def _scores(voice, system: System, utterance: Utterance, take, scorers: Scorers) -> dict:
-    if not (system.scored and voice.audible):
-        return metrics.UNSCORED
-    audio = take.audio if take.token_ids else take.audio[:0]  # Whisper finds words in the pauses of an empty take
-    reference = voice.reference(utterance.voice)
-    return metrics.measure(audio, take.sample_rate, utterance.text, reference, scorers.whisper, scorers.speaker)

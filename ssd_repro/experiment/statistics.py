@@ -24,6 +24,7 @@ class Measure:
     """A quality: a mean of ``top``, or, with ``bottom``, 100 x sum top / sum bottom over all utterances.
 
     margin: differences smaller than this count as none; None: no equivalence is claimed.
+    ratio: compared as sum top of ours / of theirs, not as ours - theirs.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Measure:
     bottom: str | None = None
     margin: float | None = None
     digits: int = 2
+    ratio: bool = False
 
 
 MEASURES = (
@@ -41,6 +43,7 @@ MEASURES = (
     Measure("SIG", "sig"),
     Measure("BAK", "bak"),
     Measure("SS", "similarity", None, 0.02, 3),
+    Measure("length ratio", "audio_seconds", digits=3, ratio=True),
 )
 MARGINS = "WER ± 1 point, P808 ± 0.1, SS ± 0.02"
 
@@ -95,41 +98,35 @@ def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
 
 
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> dict:
-    """Ours - theirs of one measure, rows of the same utterances -> difference, low, high, margin, verdict, n.
+    """One measure of rows of the same utterances -> difference (or ratio), low, high (95 %), margin, verdict, n.
 
     Utterances that lack the measure in either (no sound to judge) are left out of n.
     """
     names = [measure.top] + ([measure.bottom] if measure.bottom else [])
     columns = [pd.to_numeric(rows[name]).to_numpy(float) for rows in paired(ours, theirs) for name in names]
-    known = ~np.isnan(columns).any(0)
+    columns = np.stack(columns)[:, ~np.isnan(columns).any(0)]
+    n, value, outer, shown = columns.shape[1], np.nan, (np.nan, np.nan), NOT_SCORED
 
     def statistic(*c):
+        if measure.ratio:
+            return ratio_of_sums(*c)
         if measure.bottom:
             return 100 * (ratio_of_sums(c[0], c[1]) - ratio_of_sums(c[2], c[3]))
         return np.mean(c[0] - c[1], -1)
 
-    return _compared(statistic, [column[known] for column in columns], measure.margin)
-
-
-def length_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
-    """Seconds of audio over the baseline's, all utterances together; different if the interval leaves 1 out."""
-    return _compared(ratio_of_sums, [rows.audio_seconds for rows in paired(ours, theirs)], None, same=1.0)
-
-
-def _compared(statistic, columns: list, margin: float | None, same: float = 0.0) -> dict:
-    """``statistic(*columns)`` with its 95 % interval, and the verdict; ``same``: its value if nothing differs."""
-    n, value, outer, shown = len(columns[0]), np.nan, (np.nan, np.nan), NOT_SCORED
     if n:
         value = float(statistic(*columns))
         inner, outer = (bootstrap(statistic, *columns, level=level) for level in (0.90, 0.95))
-        shown = verdict(*((low - same, high - same) for low, high in (inner, outer)), margin, n)
-    return {"difference": value, "low": outer[0], "high": outer[1], "margin": margin, "verdict": shown, "n": n}
+        same = float(measure.ratio)  # the value if nothing differs
+        shown = verdict(*(np.subtract(ends, same) for ends in (inner, outer)), measure.margin, n)
+    return {"difference": value, "low": outer[0], "high": outer[1], "margin": measure.margin, "verdict": shown, "n": n}
 
 
 def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFrame:
     """Each system against ``base``, one line per measure -> columns system, measure, difference, ..., verdict."""
-    lines = []
-    for name, rows in systems.items():
-        lines += [{"system": name, "measure": m.name, **difference(rows, base, m)} for m in MEASURES]
-        lines.append({"system": name, "measure": "length ratio", **length_ratio(rows, base)})
-    return pd.DataFrame(lines).set_index("system")
+    compared = (
+        {"system": name, "measure": measure.name, **difference(rows, base, measure)}
+        for name, rows in systems.items()
+        for measure in MEASURES
+    )
+    return pd.DataFrame(compared).set_index("system")

@@ -32,30 +32,29 @@ class System:
 AUTOREGRESSIVE = System("autoregressive")
 
 
-def grid(
-    tolerances=(), draft_lengths=(), temperatures=(), tolerance: float = 0.4, draft_length: int = 3, scored: bool = True
-) -> list[System]:
+def grid(tolerances=(), draft_lengths=(), temperatures=(), tolerance=0.4, draft_length=3, scored=True) -> list[System]:
     """SSD over one setting at a time, the others at (tolerance, draft_length, the voice's temperature)."""
-    beta, length = float(tolerance), draft_length
+    point = System("speculative", tolerance, draft_length, scored=scored)
     return [
-        *(System("speculative", float(b), length, scored=scored) for b in tolerances),
-        *(System("speculative", beta, n, scored=scored) for n in draft_lengths),
-        *(System("speculative", beta, length, float(t), scored=scored) for t in temperatures),
+        *(replace(point, tolerance=beta) for beta in tolerances),
+        *(replace(point, draft_length=length) for length in draft_lengths),
+        *(replace(point, temperature=heat) for heat in temperatures),
     ]
 
 
 def distinct(systems: list[System], voice) -> list[System]:
     """Each way of decoding once, scored if any of its duplicates is; the voice's own temperature becomes None."""
-    own = voice.sampler.temperature
-    plain = [replace(s, temperature=None) if s.temperature == own else s for s in systems]
-    plain = [s if s.tolerance is None else replace(s, tolerance=float(s.tolerance)) for s in plain]
+    plain = []
+    for system in systems:
+        beta, heat = (None if x is None else float(x) for x in (system.tolerance, system.temperature))
+        plain.append(replace(system, tolerance=beta, temperature=None if heat == voice.sampler.temperature else heat))
     return list(dict.fromkeys(replace(s, scored=True) if replace(s, scored=True) in plain else s for s in plain))
 
 
 def turn_order(systems: list[System], missing, turn: int) -> list[System]:
-    """The systems that decode one utterance, in their order: the missing ones and the baseline.
+    """The ``missing`` systems and the baseline, in the order in which they decode an utterance; [] if none is missing.
 
-    Another system begins with each ``turn``. Nobody decodes where nothing is missing.
+    Another system begins with each ``turn``.
     """
     if not missing:
         return []

@@ -37,15 +37,16 @@ def voiced(seconds=3.0, pitch=120.0, seed=0):
     ],
 )
 def test_word_errors_after_whispers_normaliser(reference, transcript, errors, words):
-    found = metrics.word_errors(reference, transcript)
+    found = metrics.text_errors(reference, transcript)
     if "Brown's" in reference:  # the normaliser keeps the possessive apart: "brown s"
-        assert found[1] > 0 and found[0] <= 2
+        assert found["words"] > 0 and found["word_errors"] <= 2
     else:
-        assert found == (errors, words)
+        assert (found["word_errors"], found["words"]) == (errors, words)
 
 
 def test_british_and_american_spellings_are_one():
-    assert metrics.word_errors("the colour grey travelled", "the color gray traveled") == (0, 4)
+    found = metrics.text_errors("the colour grey travelled", "the color gray traveled")
+    assert found == {"word_errors": 0, "words": 4, "char_errors": 0, "chars": 23}
 
 
 def test_dnsmos_is_what_speechmos_says():
@@ -84,7 +85,7 @@ def whisper_folder(path, content):
 def test_where_whisper_comes_from(monkeypatch, tmp_path):
     tiny, small = (whisper_folder(tmp_path / name, b"") for name in ("tiny", "small"))
     monkeypatch.setenv(metrics.WHISPER_VARIABLE, small)
-    assert metrics.find_whisper(tiny) == tiny and metrics.find_whisper() == small
+    assert metrics.find_whisper(tiny) == Path(tiny) and metrics.find_whisper() == Path(small)
     monkeypatch.delenv(metrics.WHISPER_VARIABLE)
     monkeypatch.setattr(metrics, "WHISPER_PARTS", ("no_such_package_1", "no_such_package_2"))
     with pytest.raises(InputError, match=r"no Whisper model found.*SSD_REPRO_WHISPER"):

@@ -14,7 +14,7 @@ import ssd_repro
 from ssd_repro import files as files_module
 from ssd_repro import processes
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import machine, metrics
+from ssd_repro.experiment import metrics, provenance
 from ssd_repro.experiment import rows as rows_module
 from ssd_repro.experiment import run as run_module
 from ssd_repro.experiment.systems import System
@@ -46,7 +46,7 @@ def test_only_an_initialised_group_makes_several_processes(fake, tmp_path, monke
 
 def _in_group(rank, store, found):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    fellows = machine.processes_of_run()
+    fellows = [own.pid for own in provenance.LoadMeter().own]
     processes.wait_for_all()
     found.put((processes.process(), os.getpid(), sorted(fellows)))
     processes.wait_for_all()
@@ -113,7 +113,7 @@ def test_a_killed_merge_loses_and_doubles_nothing(fake, tmp_path, monkeypatch):
         run(fake, tmp_path, count=3)
     as_rank(monkeypatch, 0, 1)
     path = tmp_path / "rows" / "table1.jsonl"
-    parts = {part: part.read_bytes() for part in rows_module.rank_files(path)}
+    parts = {part: part.read_bytes() for part in path.parent.glob("*.rank*.jsonl")}
     rows_module.merge_rows(path)
     whole = path.read_bytes()
     for cut in [0, *range(1, len(whole), len(whole) // 25), len(whole)]:

@@ -14,13 +14,14 @@ from pathlib import Path
 import fake_voice
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from made_rows import three_systems
 
 from ssd_repro import files
 from ssd_repro.decoding.result import DecodeResult, Round
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import figures, machine, metrics, provenance, report, systems, tables
+from ssd_repro.experiment import figures, metrics, provenance, report, systems, tables
 from ssd_repro.experiment import rows as rows_module
 from ssd_repro.experiment import run as run_module
 from ssd_repro.experiment.systems import System
@@ -81,7 +82,7 @@ def test_rows_of_other_settings_weights_machine_or_protocol_are_not_used(fake, t
     elif change == "protocol":
         monkeypatch.setattr(provenance, "PROTOCOL", provenance.PROTOCOL + 1)
     elif change == "machine":
-        monkeypatch.setattr(provenance, "machine_kind", lambda device: {"device": "cpu", "chip": "other"})
+        monkeypatch.setattr(provenance, "processor", lambda: "other")
     elif change == "tolerance":
         systems = [System("speculative", 0.3, 3)]
     else:
@@ -284,8 +285,9 @@ def test_other_work_is_what_processes_outside_of_the_run_do():
     busy = multiprocessing.get_context("fork").Process(target=_burn)
     busy.start()
     try:
-        alone = machine.LoadMeter([os.getpid()])
-        together = machine.LoadMeter([os.getpid(), busy.pid])
+        alone, together = provenance.LoadMeter(), provenance.LoadMeter()
+        together.own.append(psutil.Process(busy.pid))
+        together.restart()
         until = time.process_time() + 0.4
         while time.process_time() < until:
             pass
