@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .errors import InputError
 from .files import locked, source_tree
-from .processes import is_first, launched_group
+from .processes import is_first
 
 REQUIRED = object()
 
@@ -213,11 +213,10 @@ def run_tokenise(options) -> int:
 
     if not options.data.is_dir():
         raise InputError(f"--data {options.data} is not a folder: give that of LibriTTS")
-    with launched_group():
-        count = tokenise.tokenise(
-            options.target, options.data, options.out, log=partial(print, file=sys.stderr, flush=True)
-        )
-    print(f"{options.out}: {count} utterances")
+    log = partial(print, file=sys.stderr, flush=True)
+    count = tokenise.tokenise(options.target, options.data, options.out, log=log)
+    if is_first():
+        print(f"{options.out}: {count} utterances")
     return 0
 
 
