@@ -187,7 +187,13 @@ def _described(take, written: str | None) -> str:
 def run_run(options) -> int:
     from .experiment.notebooks import run_notebooks
 
-    return run_notebooks(options.profile, options.only, options.out, options.p, options.processes)
+    return run_notebooks(options.profile, options.only, options.out, options.p, options.processes, _make_rows)
+
+
+def _make_rows(parameters: dict[str, dict]) -> None:
+    from .experiment.studies import make_rows  # in the processes that decode: the first one needs no torch
+
+    make_rows(parameters)
 
 
 def run_report(options) -> int:

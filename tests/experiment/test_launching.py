@@ -145,4 +145,4 @@ def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tm
     assert len(rows) == 9 and {row["processes"] for row in rows} == {2}
     systems = studies.table1(0.4, 3)
     alone = run.run(fake, systems, sentences.utterances(3, fake.names), tmp_path / "alone", "table1", repeats=1)
-    pd.testing.assert_frame_equal(tables.table1(alone), tables.table1(tables.rows_of_run(out, "01_table1")[0]))
+    pd.testing.assert_frame_equal(tables.table1(alone), tables.table1(report.rows_of_run(out, "01_table1")[0]))
