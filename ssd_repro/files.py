@@ -117,22 +117,22 @@ def git_state() -> dict:
 
     Neither results/ nor what running and saving a notebook changes counts as a difference.
     """
+    root, unknown = source_tree(), {"commit": None, "dirty": None}
+    if root is None:
+        return unknown
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout
 
     def differs(name: str) -> bool:
         try:
-            return notebook_source((top / name).read_text("utf-8")) != notebook_source(git("show", f"HEAD:{name}"))
+            now, committed = Path(top, name).read_text("utf-8"), git("show", f"HEAD:{name}")
+            return notebook_source(now) != notebook_source(committed)
         except (OSError, ValueError, KeyError, TypeError, subprocess.CalledProcessError):
             return True  # new, deleted or no notebook
 
-    root, unknown = source_tree(), {"commit": None, "dirty": None}
-    if root is None:
-        return unknown
     try:
         top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
-        top = Path(top)
         changes = git("status", "--porcelain", "-z", "--no-renames", "-unormal", "--", ".", ":(exclude)results")
     except (OSError, subprocess.CalledProcessError):
         return unknown
@@ -161,12 +161,5 @@ def sha256(path: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """First 12 digits of a file's SHA-256, read once: kept in the user's cache by path, size and time of change."""
-    about, kept = path.stat(), cache_folder() / "digests.json"
-    name = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
-    known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    if name not in known:
-        known[name] = sha256(path)[:12]
-        with suppress(InputError):  # a cache that cannot be written
-            write_text(kept, json.dumps(known))
-    return known[name]
+    """First 12 digits of a file's SHA-256."""
+    return sha256(path)[:12]

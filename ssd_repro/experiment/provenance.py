@@ -29,12 +29,12 @@ def row_context(device) -> dict:
     import torch
 
     kind = str(device).partition(":")[0]  # which of several GPUs it was does not count
-    chip = torch.cuda.get_device_name(device) if kind == "cuda" else processor()
+    chip = torch.cuda.get_device_name(device) if kind == "cuda" else _processor()
     threads = torch.get_num_threads()
     return {"protocol": PROTOCOL, "device": kind, "chip": chip, "threads": threads, "torch": torch.__version__}
 
 
-def processor() -> str:
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -67,9 +67,9 @@ class LoadMeter:
     def _seconds_of_others(self) -> float:
         import psutil
 
-        whole = psutil.cpu_times()
+        whole, own = psutil.cpu_times(), [process.cpu_times() for process in self.own if process.is_running()]
         busy = sum(getattr(whole, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
-        return busy - sum(sum(own.cpu_times()[:2]) for own in self.own if own.is_running())  # user and system
+        return busy - sum(times.user + times.system for times in own)
 
 
 def code_sha256(package: Path = Path(__file__).parents[1]) -> str:

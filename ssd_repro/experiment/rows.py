@@ -18,6 +18,7 @@ from ..speech.sentences import Utterance
 from .systems import System
 
 SILENCE_DB = -35.0  # a token's 40 ms, against the 95th percentile of its utterance's tokens
+FACTS = "gap_seconds stopped audio_seconds target_calls draft_calls acceptance_rate tokens_per_target_call"  # of a take
 BUSY_CORES = 0.25  # other work than this makes timings doubtful
 
 
@@ -29,29 +30,22 @@ def decoding_fields(takes: list) -> dict:
     nothing was drafted, for then every round gives one token.
     """
     take = takes[0]
-    speculated = any(r.drafted for sentence in take.sentences for r in sentence.rounds)
-    rounds = [[[r.drafted, r.accepted] for r in s.rounds if speculated] for s in take.sentences]
+    drafted = sum(sentence.drafted for sentence in take.sentences)
     return {
         "tokens": len(take.token_ids),
         "empty": not take.token_ids,
         "token_ids": list(take.token_ids),
         "pieces": [len(sentence.tokens) for sentence in take.sentences],
-        "rounds": rounds,
+        "rounds": [[[r.drafted, r.accepted] for r in s.rounds if drafted] for s in take.sentences],
         "token_kinds": token_kinds(take),
-        "gap_seconds": take.gap_seconds,
         "repeatable": all(other.token_ids == take.token_ids for other in takes),
-        "stopped": take.stopped,
-        "audio_seconds": take.audio_seconds,
         "lm_seconds": _median(t.lm_seconds for t in takes),
         "lm_seconds_each": [round(t.lm_seconds, 6) for t in takes],
         "synthesis_seconds": _median(t.synthesis_seconds for t in takes),
         "seconds": {k: _median(t.seconds[k] for t in takes) for k in take.seconds},
-        "target_calls": take.target_calls,
-        "draft_calls": take.draft_calls,
-        "drafted": sum(r.drafted for s in take.sentences for r in s.rounds),
-        "accepted": sum(r.accepted for s in take.sentences for r in s.rounds),
-        "acceptance_rate": take.acceptance_rate,
-        "tokens_per_target_call": take.tokens_per_target_call,
+        "drafted": drafted,
+        "accepted": sum(sentence.accepted for sentence in take.sentences),
+        **{name: getattr(take, name) for name in FACTS.split()},
     }
 
 
@@ -116,9 +110,15 @@ def key(settings: dict) -> str:
 
 @contextmanager
 def locked_rows(folder, name: str, rank: int = 0, world: int = 1):
-    """The rows file that this process alone may write. Rank 0 locks ``name`` itself, alone or among many."""
+    """The rows file that this process alone may write, without a half-written line; of one process, all parts merged.
+
+    Rank 0 locks ``name`` itself, alone or among many.
+    """
     path = Path(folder) / "rows" / (f"{name}.jsonl" if world == 1 else f"{name}.rank{rank}.jsonl")
     with locked(path.with_name(f"{name}.rank{rank}.lock" if rank else f"{name}.lock")):
+        drop_half_line(path)
+        if world == 1:
+            merge_rows(path)
         yield path
 
 

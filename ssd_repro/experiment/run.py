@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from ..errors import InputError
-from ..files import append_row, drop_half_line
+from ..files import append_row
 from ..processes import process, wait_for_all
 from ..speech.sentences import Utterance
 from . import metrics
 from .provenance import LoadMeter, row_context
-from .rows import baseline_fields, decoding_fields, locked_rows, merge_rows, row_settings, rows_of_folder, to_frame
+from .rows import baseline_fields, decoding_fields, locked_rows, row_settings, rows_of_folder, to_frame
 from .systems import System, distinct, turn_order
 
 WARM_UP = "This short sentence warms the machine up."
@@ -62,9 +62,6 @@ def run(
     load = LoadMeter()
 
     with locked_rows(folder, name, rank, world) as path:
-        if world == 1:
-            merge_rows(path)
-        drop_half_line(path)
         known = rows_of_folder(folder)
         jobs = _plan(voice, systems, utterances[rank::world], known, repeats, models)
         _warm_up(voice, jobs, whisper, speaker)

@@ -9,7 +9,7 @@ from math import isnan
 import numpy as np
 import pandas as pd
 
-from ..files import append_row, drop_half_line
+from ..files import append_row
 from ..speech.sentences import Utterance
 from . import metrics
 from .provenance import row_context
@@ -32,7 +32,6 @@ def score(
     shared = {**row_context(voice.device), **metrics.models(whisper), "references": references}
     keys = []
     with locked_rows(folder, name) as path:
-        drop_half_line(path)
         known = rows_of_folder(folder)
         for utterance in progress(utterances):
             for system, own in systems.items():

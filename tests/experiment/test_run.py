@@ -82,7 +82,7 @@ def test_rows_of_other_settings_weights_machine_or_protocol_are_not_used(fake, t
     elif change == "protocol":
         monkeypatch.setattr(provenance, "PROTOCOL", provenance.PROTOCOL + 1)
     elif change == "machine":
-        monkeypatch.setattr(provenance, "processor", lambda: "other")
+        monkeypatch.setattr(provenance, "_processor", lambda: "other")
     elif change == "tolerance":
         systems = [System("speculative", 0.3, 3)]
     else:

@@ -10,7 +10,7 @@ import pytest
 from notebook_code import run_notebook
 
 from ssd_repro.decoding.sampling import Sampler
-from ssd_repro.experiment import machine, metrics, provenance, voices
+from ssd_repro.experiment import metrics, provenance, voices
 from ssd_repro.speech.sentences import Utterance
 from ssd_repro.training import codec, corpus
 
@@ -54,7 +54,7 @@ def test_a_row_is_used_again_until_what_it_depends_on_changes(voice, again, monk
     assert again() == []
     monkeypatch.setattr(provenance, "PROTOCOL", 99)
     assert again() == both
-    monkeypatch.setattr(machine, "_processor", lambda: "another")
+    monkeypatch.setattr(provenance, "_processor", lambda: "another")
     assert again() == both
 
 
