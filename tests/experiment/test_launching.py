@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from ssd_repro import cli, files, processes
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import run, studies, tables
+from ssd_repro.experiment import report, run, studies, tables
 from ssd_repro.speech import sentences
 
 SMALL = ["run", "--out", "out", "-p", "repeats", "1"]

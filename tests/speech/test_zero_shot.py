@@ -285,7 +285,7 @@ def run(released, folder, *arguments):
 def test_the_profile_paper_says_what_is_missing(tmp_path):
     done = run(None, tmp_path, "-p", "data", "somewhere")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert done.stderr.startswith("ssd-repro: the profile leaves weights, draft open: add -p weights VALUE -p draft VALUE (")
+    assert done.stderr.startswith("ssd-repro: the profile leaves weights, draft open: add -p weights VALUE -p draft")
     assert done.stderr.count("\n") == 1
 
 
