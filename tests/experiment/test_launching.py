@@ -63,7 +63,7 @@ def test_an_interrupted_run_is_one_sentence_and_goes_on(fake_environment, tmp_pa
 def test_interrupted_processes_are_one_sentence(tmp_path):
     code = (
         "import sys, process_tasks; from ssd_repro import cli; from ssd_repro.experiment import studies\n"
-        "studies.make_rows = process_tasks.hang\n"
+        "cli._make_rows = process_tasks.hang\n"
         "sys.exit(cli.main(['run', '--only', '03', '--processes', '2', '--out', 'out']))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
@@ -116,7 +116,7 @@ def test_processes_end_with_their_parent_and_the_next_run_makes_the_rows_of_one(
 
 
 def test_a_process_that_refuses_says_so_once(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(studies, "make_rows", process_tasks.refuse)
+    monkeypatch.setattr(cli, "_make_rows", process_tasks.refuse)
     out = tmp_path / "out"
     command = ["run", "--only", "03", "--processes", "2", "--out", str(out), "-p", "draft_lengths", "[65]"]
     assert cli.main(command) == 2
