@@ -81,7 +81,12 @@ def parser() -> Parser:
     report = commands.add_parser("report", help="make the tables and figures of results/<profile>/ from its rows again")
     report.add("--profile", "quick", "names the results folder")
     report.add("--out", "", "results folder; default results/<profile>")
-    report.add("--readme", None, "file to put the tables into; default README.md, for the profile that it shows", Path)
+    report.add(
+        "--readme",
+        None,
+        "page to put tables and numbers into; default the pages that show this profile",
+        Path,
+    )
     report.set_defaults(function=run_report)
 
     tokens = commands.add_parser(
@@ -201,15 +206,15 @@ def run_report(options) -> int:
     from .experiment.notebooks import COMMITTED
     from .experiment.provenance import results_folder
 
-    folder, readme = results_folder(options.out, options.profile), options.readme
-    if not readme and not options.out and options.profile == COMMITTED and source_tree():
-        readme = source_tree() / "README.md"
-    if readme and not readme.is_file():
-        raise InputError(f"--readme {readme} is not a file")
+    folder, pages = results_folder(options.out, options.profile), [options.readme] if options.readme else []
+    if not pages and not options.out and options.profile == COMMITTED and source_tree():
+        pages = [source_tree() / "README.md", source_tree() / "results" / "README.md"]
+    if missing := [page for page in pages if not page.is_file()]:
+        raise InputError(f"--readme {missing[0]} is not a file")
     if not (folder / "provenance.json").is_file():
         raise InputError(f"{folder} holds no provenance.json: run `ssd-repro run --profile {options.profile}` first")
     with locked(folder / ".run.lock"):
-        made = report.report(folder, readme)
+        made = report.report(folder, pages)
     print(f"{folder}: {', '.join(made)}")
     return 0
 

@@ -113,7 +113,7 @@ def read_data(path: Path, text_vocab: int, codes: int, prompts: dict[str, dict] 
     path, seen, found = Path(path), {}, []
     files = sorted((*path.glob("*.jsonl"), *path.glob("*.jsonl.gz"))) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise InputError(f"--data {path} has no *.jsonl or *.jsonl.gz file: see README, 'On your GPU'")
+        raise InputError(f"--data {path} has no *.jsonl or *.jsonl.gz file: see notebooks/README.md")
     for file in files:
         for number, line in _lines(file):
             try:
