@@ -291,7 +291,7 @@ def test_the_profile_paper_says_what_is_missing(tmp_path):
 
 def test_the_profile_paper_runs_end_to_end(released, tmp_path):
     """All of it but its size, two models that need a network (base for large-v3, a tiny WavLM), and the
-    compiler's C++: forwards are traced and not compiled (test_static does that)."""
+    compiler: static caches, but forwards as they are (test_graphs traces and compiles them)."""
     own = {name: released / name for name in ("weights", "draft", "data", "speaker")}
     own |= {"whisper": "", "sentences": 2, "text": "a b c", "device": "cpu"}
     done = run(released, tmp_path, *(str(x) for name, value in own.items() for x in ("-p", name, value)))
