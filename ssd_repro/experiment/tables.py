@@ -25,7 +25,6 @@ DIGITS = {"n": 0, "L_d": 0, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
 
 
 def digits(column: str) -> int:
-    """Decimals of a column: those of DIGITS, one of a per cent, else two."""
     return DIGITS.get(column, 1 if column.endswith("%") else 2)
 
 
@@ -48,9 +47,6 @@ def by_system(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return ({NAMES["draft"]: draft} if len(draft) else {}) | ssd_settings(rows)
 
 
-# Numbers of one system
-
-
 def estimate(name: str, statistic, *columns, scale: float = 1) -> dict[str, float]:
     """A number over utterances and its interval; NaN where there is nothing to divide by."""
     value, bounds = np.nan, (np.nan, np.nan)
@@ -70,9 +66,8 @@ def ratio(a: pd.Series, b: pd.Series) -> float:
 def speedup(name: str, rows: pd.DataFrame, seconds: str, size: str) -> dict[str, float]:
     """``corpus_speedup`` of the column ``seconds`` per ``size``, if there is any of it."""
     rows = rows if rows[size].sum() else rows.iloc[:0]
-    return estimate(
-        name, corpus_speedup, *(rows[f"{of}{column}"] for of in ("base_", "") for column in (seconds, size))
-    )
+    columns = [f"base_{seconds}", f"base_{size}", seconds, size]
+    return estimate(name, corpus_speedup, *(rows[column] for column in columns))
 
 
 def quality_columns(rows: pd.DataFrame) -> dict[str, float]:
@@ -99,15 +94,11 @@ def speed_columns(rows: pd.DataFrame) -> dict[str, float]:
     }
 
 
-# The paper's tables and figures
-
-
 def _one_row_per_system(name: str, systems: dict) -> pd.DataFrame:
-    """Quality, speed and the paper's numbers of each system."""
-    lines = []
-    for label, ours in systems.items():
-        theirs = paper.of_setting(ours).add_prefix("paper ")
-        lines.append({name: label, **quality_columns(ours), **speed_columns(ours), **theirs})
+    lines = (
+        {name: label, **quality_columns(ours), **speed_columns(ours), **paper.of_setting(ours).add_prefix("paper ")}
+        for label, ours in systems.items()
+    )
     return pd.DataFrame(lines).set_index(name)
 
 
@@ -136,9 +127,15 @@ def figure3(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def quality(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every system that was scored against the autoregressive target (``statistics.quality``)."""
-    scored = {label: ours for label, ours in by_system(rows).items() if ours.scored.all()}
-    return statistics.quality(scored, of_method(rows, "autoregressive"))
+    """Every system that was scored against the autoregressive target, one line per measure."""
+    base = of_method(rows, "autoregressive")
+    compared = (
+        {"system": name, "measure": measure.name, **statistics.difference(ours, base, measure)}
+        for name, ours in by_system(rows).items()
+        for measure in statistics.MEASURES
+        if ours.scored.all()
+    )
+    return pd.DataFrame(compared).set_index("system")
 
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:
@@ -170,9 +167,6 @@ def measured_and_predicted(rows: pd.DataFrame) -> pd.DataFrame:
             predicted = theory.predict(ours, length)
         lines.append({"beta": ours.tolerance.iloc[0], "L_d": length, **predicted, "n": len(ours)})
     return pd.DataFrame(lines).set_index("beta")
-
-
-# The paper's numbers and ours, quantity by quantity
 
 
 def _quantity(name: str, theirs, ours: float, low=np.nan, high=np.nan, places: int = 2) -> dict[str, str]:
@@ -239,11 +233,7 @@ def stages_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
     return _comparison(found)
 
 
-# Text
-
-
 def number(value: float, places: int, low: float = np.nan, high: float = np.nan) -> str:
-    """The rounded number and its interval, if any."""
     if pd.isna(value):
         return "–"
     interval = f" [{low:.{places}f}, {high:.{places}f}]" if pd.notna(low) and pd.notna(high) else ""
@@ -288,7 +278,6 @@ def readable_acceptance(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A pipe table of a frame of text, its index first."""
     sides = ("left", *["right"] * len(table.columns))
     return table.to_markdown(disable_numparse=True, colalign=sides) + "\n"
 
