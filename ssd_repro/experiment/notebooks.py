@@ -39,7 +39,6 @@ def all_profiles() -> list[Path]:
 
 
 def first_line(path: Path) -> str:
-    """A notebook's title, or what a profile says of itself."""
     text = path.read_text("utf-8")
     text = json.loads(text)["cells"][0]["source"][0] if path.suffix == ".ipynb" else text
     return text.splitlines()[0].strip("# ")
@@ -47,13 +46,10 @@ def first_line(path: Path) -> str:
 
 def choose_notebooks(only: list[str]) -> list[Path]:
     """The notebooks that ``only`` names by number, stem or file name; all result notebooks by default."""
-    known = all_notebooks()
-    if not only:
-        return [path for path in known if path.name < FIRST_TRAINING]
-    for name in only:
-        if not any(name in (path.name[:2], path.stem, path.name) for path in known):
-            raise InputError(f"unknown notebook {name!r}: choose among {', '.join(path.stem for path in known)}")
-    return [path for path in known if {path.name[:2], path.stem, path.name} & set(only)]
+    known = {path: {path.name[:2], path.stem, path.name} for path in all_notebooks()}
+    if unknown := [name for name in only if name not in set().union(*known.values())]:
+        raise InputError(f"unknown notebook {unknown[0]!r}: choose among {', '.join(path.stem for path in known)}")
+    return [path for path, names in known.items() if (names & set(only) if only else path.name < FIRST_TRAINING)]
 
 
 def declared(path: Path) -> dict[str, dict]:
@@ -82,7 +78,6 @@ def check_parameters(namespace: dict) -> dict:
 
 
 def check_names(names, known, suggested=None) -> None:
-    """InputError for the first of ``names`` that is not ``known``."""
     for name in names:
         if name not in known:
             raise InputError(f"unknown parameter {name!r}: choose one of {', '.join(suggested or known)}")

@@ -102,17 +102,11 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
         return old
     whole[name] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **git_state(),
-        "code": code_sha256(),
-        "weights": voice.weights_id,
-        "profile": profile,
-        "parameters": parameters,
-        **row_context(voice.device),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
+        **{**git_state(), "code": code_sha256(), "weights": voice.weights_id},
+        **{"profile": profile, "parameters": parameters, "keys": keys},
+        **{**row_context(voice.device), "cores": os.cpu_count()},
+        **{"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
         "versions": {package: _version(package) for package in PACKAGES},
-        "keys": keys,
     }
     write_text(Path(folder) / "provenance.json", json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return whole[name]

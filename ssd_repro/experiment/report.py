@@ -115,7 +115,6 @@ class Exhibit:
 
 
 def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **settings) -> Exhibit:
-    """The paper's numbers and ours, and below them what the rows show."""
     return Exhibit(notebook, partial(table, **settings), findings, readable=lambda text: text, at_setting=at_setting)
 
 
@@ -145,9 +144,9 @@ EXHIBITS = {
 
 
 def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
-    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png and .svg. about: the entry of provenance.json.
+    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png and .svg -> the table as Jupyter shows it.
 
-    What it gives is the table as Jupyter shows it; its figure, if any, is pyplot's newest.
+    about: the entry of provenance.json. The figure, if any, is pyplot's newest.
     """
     exhibit = EXHIBITS[name]
     at = {k: about["parameters"][k] for k in ("tolerance", "draft_length")} if exhibit.at_setting else {}
@@ -206,11 +205,13 @@ def report(folder: Path, readme: Path | None = None) -> list[str]:
 
 def put_between(text: str, name: str, inside: str) -> str:
     """Replace what stands between <!-- name --> and <!-- /name -->."""
-    before, begin, rest = text.partition(f"<!-- {name} -->")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not end:
-        raise InputError(f"the markers <!-- {name} --> and <!-- /{name} --> are missing")
-    return f"{before}{begin}\n{inside.strip()}\n{end}{after}"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    made, count = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{begin}\n{inside.strip()}\n{end}", text, count=1, flags=re.DOTALL
+    )
+    if not count:
+        raise InputError(f"the markers {begin} and {end} are missing")
+    return made
 
 
 # A number within README's sentences: <!-- = FILE.csv; column=value; ...; column; format -->number<!-- /= -->

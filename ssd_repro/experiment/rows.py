@@ -25,9 +25,8 @@ BUSY_CORES = 0.25  # other work than this makes timings doubtful
 def decoding_fields(takes: list) -> dict:
     """A row's fields from repeated takes of one utterance: medians of seconds, all else from the first take.
 
-    empty: nothing was spoken, a stop token came first. pieces: number of tokens of each sentence
-    of the text. rounds: of each sentence the [drafted, accepted] of its rounds; an empty list where
-    nothing was drafted, for then every round gives one token.
+    pieces: number of tokens of each sentence of the text. rounds: of each sentence the [drafted, accepted] of its
+    rounds; an empty list where nothing was drafted, for then every round gives one token.
     """
     take = takes[0]
     drafted = sum(sentence.drafted for sentence in take.sentences)
@@ -67,8 +66,7 @@ def _median(seconds) -> float:
 def token_kinds(take) -> str:
     """Of each token a letter for its 40 ms of sound: s speech, '.' silence.
 
-    Silence lies SILENCE_DB below the 95th percentile of the tokens. An empty string where the
-    tokens cannot be found in the sound: there is none, or its length is not theirs.
+    An empty string where the tokens cannot be found in the sound: there is none, or its length is not theirs.
     """
     counts = [len(sentence.tokens) for sentence in take.sentences if sentence.tokens]  # an empty one has no pause
     width, gap = take.sample_rate // TOKEN_RATE, int(take.gap_seconds * take.sample_rate)

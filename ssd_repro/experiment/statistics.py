@@ -58,17 +58,18 @@ def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: flo
     pick = np.random.default_rng(seed).integers(len(columns[0]), size=(draws, len(columns[0])))
     values = statistic(*(column[pick] for column in columns))
     tail = 50 * (1 - level)
+    if np.isnan(values).all():
+        return np.nan, np.nan
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return float(low), float(high)
 
 
-@np.errstate(divide="ignore", invalid="ignore")  # empty utterances alone have no ratio
 def ratio_of_sums(a, b):
-    """Corpus ratio sum a / sum b over the last axis: WER, LM-RTF, acceptance."""
-    return np.asarray(a).sum(-1) / np.asarray(b).sum(-1)
+    """Corpus ratio sum a / sum b over the last axis (WER, LM-RTF, acceptance); NaN of empty utterances alone."""
+    below = np.asarray(b).sum(-1)
+    return np.asarray(a).sum(-1) / np.where(below, below, np.nan)
 
 
-@np.errstate(divide="ignore", invalid="ignore")
 def corpus_speedup(base_seconds, base_size, seconds, size):
     """Seconds per unit (second of audio, token) of the baseline over the system's, each over all utterances."""
     return ratio_of_sums(base_seconds, base_size) / ratio_of_sums(seconds, size)
