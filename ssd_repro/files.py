@@ -42,8 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path):
     """Yield a new path beside ``path`` to write to, which takes its place at the end (its name ends in .part).
 
-    A reader sees the old file or the new one, never a half-written one; the mode follows the
-    umask. The folder is made if need be. InputError on a full disk or in a read-only folder.
+    A reader never sees a half-written file. InputError on a full disk or in a read-only folder.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -131,7 +130,7 @@ def git_state() -> dict:
 
 
 def notebook_source(text: str) -> list:
-    """Kind, source and tags of each cell of a notebook: not its outputs, counts and kernel."""
+    """Of each cell what a run of the notebook does not change."""
     cells = json.loads(text)["cells"]
     return [[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags")] for cell in cells]
 

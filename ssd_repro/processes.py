@@ -38,7 +38,7 @@ def is_launched() -> bool:
 
 
 def is_first() -> bool:
-    """Of launched processes the first: what all of them would print, it prints."""
+    """Of launched processes the first: it prints what all of them would."""
     return not is_launched() or os.environ.get("RANK") == "0"
 
 
@@ -55,7 +55,6 @@ def _group(**where):
 
 
 def launched_group():
-    """Within it the processes of torchrun or ``accelerate launch`` are a group; nothing where there are none."""
     return _group() if is_launched() else nullcontext()
 
 

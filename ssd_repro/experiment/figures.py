@@ -62,7 +62,6 @@ def timeline(events: pd.DataFrame, ax, title: str = "") -> None:
     ax.set(ylim=(-0.6, len(lanes) - 0.4), xlabel="seconds of audio")
     ax.set_xlim(left=-0.05)
     ax.set_title(title, loc="left")
-    ax.spines["left"].set_visible(False)
 
 
 def stages(table: pd.DataFrame, ax) -> None:

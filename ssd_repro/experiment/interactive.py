@@ -33,7 +33,7 @@ class Listener:
         title = f"SSD, beta {beta:g}, L_d {length}: {take.tokens_per_target_call:.2f} tokens per target call"
         figure = Figure(figsize=(10, 3), layout="constrained")
         figures.timeline(figures.timeline_events(rows.decoding_fields([take])), figure.subplots(), title)
-        despine(figure)
+        despine(figure, left=True)
         with io.BytesIO() as buffer:
             figure.savefig(buffer, format="png", dpi=100)
             self.timeline.value = buffer.getvalue()

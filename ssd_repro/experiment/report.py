@@ -158,7 +158,7 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
     if exhibit.draw:
         figure, axes = plt.subplots(*exhibit.shape, figsize=exhibit.size, layout="constrained")
         exhibit.draw(table, axes)
-        despine(figure)
+        despine(figure, left=exhibit.draw is figures.timeline)
         figures.save(figure, folder, name)
     return Markdown(text)
 

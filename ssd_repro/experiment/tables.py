@@ -155,10 +155,8 @@ def measured_and_predicted(rows: pd.DataFrame) -> pd.DataFrame:
     """Speed-up per token, measured and by ``theory.predict``, one row per SSD setting."""
     lines = []
     for ours in ssd_settings(rows).values():
-        length = int(ours.draft_length.iloc[0])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            predicted = theory.predict(ours, length)
-        lines.append({"beta": ours.tolerance.iloc[0], "L_d": length, **predicted, "n": len(ours)})
+        beta, length = ours.tolerance.iloc[0], int(ours.draft_length.iloc[0])
+        lines.append({"beta": beta, "L_d": length, **theory.predict(ours, length), "n": len(ours)})
     return pd.DataFrame(lines).set_index("beta")
 
 

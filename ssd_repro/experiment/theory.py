@@ -51,6 +51,7 @@ def costs(rows: pd.DataFrame) -> dict[str, float]:
     }
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # where nothing was spoken
 def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
     """Measured and predicted speed-up per token of one SSD setting, and where the residue comes from.
 
