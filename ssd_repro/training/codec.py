@@ -40,6 +40,8 @@ class Features:
     def __len__(self) -> int:
         return len(self.world) // FRAMES_PER_TOKEN
 
+    labels = property(__len__)
+
 
 class Hint:
     """Whisper encoder states of 24 kHz audio, 50 a second; ``model``: a CTranslate2 folder or hub name."""
@@ -125,27 +127,20 @@ class CodecTask(Task):
             self.codec.load_state_dict(kept.state_dict())
             self.codec.requires_grad_(False)
 
-    def labels(self, item: Features) -> int:
-        return len(item)
-
     def draw(self, items: list[Features], rng: random.Random) -> list[Features]:
         """Half the time shift the 40 ms grid by 20 ms."""
         if not self.training:
             return items
         return [replace(f, world=f.world[4:-4], hint=f.hint[1:-1]) if rng.randrange(2) else f for f in items]
 
-    def _padded(self, items: list[Features]) -> tuple[Tensor, Tensor, Tensor]:
-        """world (B, 8N, 45), padded with its mean; hint (B, 2N, 384); mask (B, N)."""
-        device = self.codec.mean.device
-        world = pad_sequence([f.world for f in items], True, math.nan).to(device)
-        hint = pad_sequence([f.hint.float() for f in items], True).to(device)
-        mask = pad_sequence([torch.ones(len(f)) for f in items], True).to(device)
-        return torch.where(world.isnan(), self.codec.mean, world), hint, mask
-
     def forward(self, items: list[Features]) -> dict[str, Tensor]:
         """L1 on normalised features and on the log spectrum, CTC on the codes; evaluating adds the phone error rate."""
-        world, hint, mask = self._padded(items)
-        voices = torch.tensor([VOICES.index(f.voice) for f in items], device=world.device)
+        device = self.codec.mean.device
+        world = pad_sequence([f.world for f in items], True, math.nan).to(device)  # (B, 8N, 45)
+        world = torch.where(world.isnan(), self.codec.mean, world)
+        hint = pad_sequence([f.hint.float() for f in items], True).to(device)  # (B, 2N, 384)
+        mask = pad_sequence([torch.ones(len(f)) for f in items], True).to(device)  # (B, N)
+        voices = torch.tensor([VOICES.index(f.voice) for f in items], device=device)
         with self.autocast():
             if self.training:
                 hint = hint * F.dropout(hint.new_ones(len(hint), 1, hint.shape[2]), self.HINT_DROPOUT)
@@ -199,14 +194,13 @@ def train_codec(
     phone_weight: float = 0.25,
     kept: Codec | None = None,
     config: CodecConfig | None = None,
-    log=print,
 ) -> tuple[CodecTask, list[dict]]:
     """Train codec and phone head together, or for a ``kept`` codec the head -> (task on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
     config = config or CodecConfig()
     task = CodecTask(learned, config, phone_weight, kept)
     facts = {"phone_weight": phone_weight, "begin": weights_sha256(kept, torch.float32) if kept else ""}
-    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(config)}, log=log)
+    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(config)})
     return task.cpu(), rows
 
 
@@ -233,9 +227,8 @@ def calibrate(codec: Codec, items: list[Features], audio: Callable[[str], np.nda
     the teacher's and the synthesised audio (WORLD has a bias of its own).
     """
 
-    def moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        envelopes = [x[:, :ENVELOPE] for x in features]
-        return torch.stack([e.mean(0) for e in envelopes]).mean(0), torch.stack([e.std(0) for e in envelopes]).mean(0)
+    def moments(features: list[Tensor]) -> Tensor:
+        return torch.stack([torch.stack((x.mean(0), x.std(0))) for x in features]).mean(0)[:, :ENVELOPE]
 
     codec.scale.fill_(1.0)
     codec.shift.fill_(0.0)
@@ -261,15 +254,15 @@ def align(log_probs: Tensor, labels: list[int], blank: int = BLANK) -> list[int]
     states = torch.full((2 * len(labels) + 1,), blank)
     states[1::2] = torch.tensor(labels)
     emit = log_probs[:, states]
-    skip = torch.zeros(len(states), dtype=torch.bool)
-    skip[3::2] = states[3::2] != states[1:-2:2]
+    barred = torch.ones(3, len(states), dtype=torch.bool)  # to stay, to go on by one, by two: over a blank
+    barred[:2] = False
+    barred[2, 3::2] = states[3::2] == states[1:-2:2]
     score = torch.full((len(states),), -math.inf)
     score[:2] = emit[0, :2]
     back = []
-    low = torch.tensor([-math.inf])
     for row in emit[1:]:
-        skipped = torch.cat([low, low, score[:-2]]).masked_fill(~skip, -math.inf)
-        best, step = torch.stack([score, torch.cat([low, score[:-1]]), skipped]).max(0)
+        before = F.pad(score, (2, 0), value=-math.inf).unfold(0, len(states), 1).flip(0)
+        best, step = before.masked_fill(barred, -math.inf).max(0)
         back.append(step)
         score = best + row
     state = len(states) - 1 if score[-1] > score[-2] else len(states) - 2
@@ -281,15 +274,15 @@ def align(log_probs: Tensor, labels: list[int], blank: int = BLANK) -> list[int]
 
 
 @torch.no_grad()
-def token_row(task: CodecTask, f: Features, shifts: int = 4) -> dict | None:
-    """A row of tokens.jsonl (data.py): speech tokens on ``shifts`` grids 10 ms apart, aligned with the phones.
+def token_row(task: CodecTask, f: Features) -> dict | None:
+    """A row of tokens.jsonl (data.py): speech tokens on four grids 10 ms apart, aligned with the phones.
 
     None if the utterance is too short for its phones to be aligned.
     """
     hint, labels = f.hint.float(), plain_phones(f.phones)
     between = (hint + torch.cat([hint[1:], hint[-1:]])) / 2  # Whisper states come every 20 ms
     codes, aligned = [], []
-    for shift in range(shifts):
+    for shift in range(4):
         states = (between if shift % 2 else hint)[shift // 2 :]
         tokens = len(f.world[2 * shift :]) // FRAMES_PER_TOKEN
         if 2 * tokens < len(labels) + 5:
@@ -298,5 +291,5 @@ def token_row(task: CodecTask, f: Features, shifts: int = 4) -> dict | None:
         rounded = task.codec.digits(world[None], states[None, : 2 * tokens]).round()
         path = align(task.phone_head(rounded)[0].log_softmax(-1), labels)[::2]
         codes.append(task.codec.to_code(rounded)[0].tolist())
-        aligned.append([[labels[i], labels[i + 1] if i + 1 < len(labels) else -1] for i in path])
+        aligned.append([[labels[i], [*labels, -1][i + 1]] for i in path])
     return {"id": f.id, "voice": f.voice, "phones": f.phones, "codes": codes, "aligned": aligned}

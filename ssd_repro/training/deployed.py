@@ -20,7 +20,7 @@ from ..models import checkpoints, cosyvoice
 from ..models.speech_lm import SpeechLM
 from ..speech.bundled import Bundled, decode_config
 from .data import Example, collate, read_data
-from .loop import Settings, data_sha256
+from .loop import Settings, check_identity, data_sha256
 from .parallel import agree, rows_of, share_rows
 
 
@@ -86,32 +86,25 @@ def sample(
         "precision": settings.precision,
         "target": checkpoints.weights_sha256(target.lm),
         "decoding": asdict(target.config(100)),  # its lengths for 100 text tokens
-        "data": data_sha256(
-            [replace(example, speech=example.speech[:0], stopped=True, aligned=None) for example in examples]
-        ),
+        "data": data_sha256([replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]),
     }
     path = folder / "about.json"
+
+    def check() -> None:
+        if not path.is_file():
+            raise InputError(f"{path} is not seen by every process: --out must be on a disk that all nodes share")
+        check_identity(folder, json.loads(path.read_text("utf-8")), json.loads(json.dumps(about)))
+
     if accelerator.is_main_process and not path.exists():
         write_text(path, json.dumps(about, indent=1) + "\n")
     accelerator.wait_for_everyone()
-    agree(accelerator, lambda: _check_samples(path, json.loads(json.dumps(about))))
+    agree(accelerator, check)
     # In deployment's precision, in a copy; embeddings of the prompt come from it too.
     lm = copy.deepcopy(target.lm).to(accelerator.device).eval().cast(settings.precision)
     asked = replace(target, lm=lm)
     share_rows(folder, examples, lambda example: sample_one(asked, example, settings.seed).row(), accelerator, log)
     made = agree(accelerator, lambda: {row["id"]: Example.from_row(row) for row in rows_of(folder)})
     return [made[example.id] for example in examples if len(made[example.id].speech)]
-
-
-def _check_samples(path: Path, ours: dict) -> None:
-    if not path.is_file():
-        raise InputError(f"{path} is not seen by every process: --out must be on a disk that all nodes share")
-    kept = json.loads(path.read_text("utf-8"))
-    for name, value in ours.items():
-        if kept.get(name) != value:
-            raise InputError(
-                f"{path.parent} holds samples of another {name}: choose another --out, or remove that folder"
-            )
 
 
 @torch.inference_mode()

@@ -125,9 +125,6 @@ class TargetTask(Task):
         self.lm.speech_embedding.weight = lm.speech_embedding.weight.detach()
         self.lm.head.weight = lm.head.weight.detach()
 
-    def labels(self, item: Example) -> int:
-        return item.labels
-
     def draw(self, items: list[Example], rng: random.Random) -> list[Example]:
         """Splice some, put some behind a prompt; held-out speech's prompt is no label, it may be known by heart."""
         drawn = []
@@ -192,7 +189,6 @@ def train_target(
     options: TargetOptions,
     out: Path,
     begin: SpeechLM | None = None,
-    log=print,
 ) -> tuple[SpeechLM, list[dict]]:
     """Train the target, from random weights or from ``begin``'s -> (SpeechLM on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
@@ -200,7 +196,7 @@ def train_target(
     if begin:
         task.begin_from(begin)
     facts = asdict(options) | {"begin": weights_sha256(begin, torch.float32) if begin else ""}
-    rows = train(task, learned, dev, settings, out, facts, log=log)
+    rows = train(task, learned, dev, settings, out, facts)
     return task.plain().cpu(), rows
 
 
