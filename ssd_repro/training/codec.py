@@ -29,7 +29,7 @@ BLANK = len(SYMBOLS)
 
 @dataclass(frozen=True)
 class Features:
-    """One utterance of N tokens: ``world`` (8N, 45), ``hint`` (2N, 384) Whisper states, ``phones`` ids."""
+    """Of N tokens: ``world`` (8N, 45), ``hint`` (2N, 384) Whisper states, ``phones`` ids."""
 
     id: str
     voice: str
@@ -102,10 +102,7 @@ class PhoneHead(nn.Module):
 
 
 class CodecTask(Task):
-    """The codec in training, with a head that reads phones from the codes (``phone_weight`` 0: reconstruction alone).
-
-    kept: a codec that stays as it is; the head alone learns. Weights of the loss terms: ``WEIGHTS``.
-    """
+    """The codec, and a head that reads phones from the codes; ``kept``: a codec that stays as it is."""
 
     WEIGHTS = {"envelope": 1.0, "spectrum": 2.0, "aperiodicity": 0.3, "f0": 0.5, "voiced": 0.3, "delta": 0.3}
     FLIP, HINT_DROPOUT = 0.04, 0.15
@@ -153,23 +150,23 @@ class CodecTask(Task):
         frames = mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None]
         terms = self._distances(made, self.codec.normalise(world), frames)
         total = sum(self.WEIGHTS[name] * value for name, value in terms.items())
-        return terms | self._phones(logits, (mask.sum(1) * 2).long(), [plain_phones(f.phones) for f in items], total)
+        terms |= self._phones(logits, (mask.sum(1) * 2).long(), [plain_phones(f.phones) for f in items])
+        return terms | {"loss": total + self.phone_weight * terms["ctc"]}
 
-    def _phones(self, logits: Tensor, frames: Tensor, labels: list[list[int]], total: Tensor) -> dict[str, Tensor]:
-        """CTC of (B, 2N, phones + blank) logits, the whole loss, and when evaluating the phone error rate."""
+    def _phones(self, logits: Tensor, frames: Tensor, labels: list[list[int]]) -> dict[str, Tensor]:
+        """CTC of (B, 2N, phones + blank) logits, and when evaluating the phone error rate."""
         from torchmetrics.functional.text import edit_distance
 
         log_probs, lengths = logits.log_softmax(-1), torch.tensor([len(x) for x in labels], device=logits.device)
         wanted = torch.tensor(sum(labels, []), device=logits.device)
         options = {"blank": BLANK, "zero_infinity": True, "reduction": "none"}
         ctc = (F.ctc_loss(log_probs.transpose(0, 1), wanted, frames, lengths, **options) / lengths).mean()
-        terms = {"ctc": ctc, "loss": total + self.phone_weight * ctc}
-        if not self.training:
-            best = zip(log_probs.argmax(-1).tolist(), frames.tolist(), strict=True)
-            read = ["".join(chr(p) for p, _ in groupby(b[:n]) if p != BLANK) for b, n in best]
-            wrong = edit_distance(read, ["".join(map(chr, x)) for x in labels], reduction="sum")
-            terms["phone_error_rate"] = wrong / lengths.sum()
-        return terms
+        if self.training:
+            return {"ctc": ctc}
+        best = zip(log_probs.argmax(-1).tolist(), frames.tolist(), strict=True)
+        read = ["".join(chr(p) for p, _ in groupby(b[:n]) if p != BLANK) for b, n in best]
+        wrong = edit_distance(read, ["".join(map(chr, x)) for x in labels], reduction="sum")
+        return {"ctc": ctc, "phone_error_rate": wrong / lengths.sum()}
 
     def _distances(self, made: Tensor, wanted: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Mean absolute distances of normalised features (B, 8N, 45) where ``mask`` (B, 8N, 1) is 1."""
@@ -197,15 +194,13 @@ def train_codec(
 ) -> tuple[CodecTask, list[dict]]:
     """Train codec and phone head together, or for a ``kept`` codec the head -> (task on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
-    config = config or CodecConfig()
-    task = CodecTask(learned, config, phone_weight, kept)
+    task = CodecTask(learned, config or CodecConfig(), phone_weight, kept)
     facts = {"phone_weight": phone_weight, "begin": weights_sha256(kept, torch.float32) if kept else ""}
-    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(config)})
+    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(task.codec.config)})
     return task.cpu(), rows
 
 
 def codes_of(codec: Codec, f: Features) -> Tensor:
-    """Code ids (N,) of one utterance's features."""
     return codec.encode(f.world[None], f.hint[None].float())[0]
 
 
@@ -220,11 +215,9 @@ def resynthesise(codec: Codec, audio: np.ndarray, voice: str, hint: Hint) -> np.
 def calibrate(codec: Codec, items: list[Features], audio: Callable[[str], np.ndarray], most: int = 40) -> None:
     """Set the codec's ``scale`` and ``shift`` of every voice from its first ``most`` of ``items``.
 
-    audio: id -> the teacher's, (samples,) at 24 kHz.
-
-    scale: the spread of each envelope coefficient within an utterance, the teacher's over the
-    decoder's. shift: the teacher's mean, and then what is left between the long-term spectra of
-    the teacher's and the synthesised audio (WORLD has a bias of its own).
+    audio: id -> the teacher's, (samples,) at 24 kHz. scale: the spread of each envelope coefficient
+    within an utterance, the teacher's over the decoder's. shift: the teacher's mean, and then what is
+    left between the long-term spectra of both audios (WORLD has a bias of its own).
     """
 
     def moments(features: list[Tensor]) -> Tensor:
@@ -283,12 +276,11 @@ def token_row(task: CodecTask, f: Features) -> dict | None:
     between = (hint + torch.cat([hint[1:], hint[-1:]])) / 2  # Whisper states come every 20 ms
     codes, aligned = [], []
     for shift in range(4):
-        states = (between if shift % 2 else hint)[shift // 2 :]
-        tokens = len(f.world[2 * shift :]) // FRAMES_PER_TOKEN
+        states, world = (between if shift % 2 else hint)[shift // 2 :], f.world[2 * shift :]
+        tokens = len(world) // FRAMES_PER_TOKEN
         if 2 * tokens < len(labels) + 5:
             return None
-        world = f.world[2 * shift :][: FRAMES_PER_TOKEN * tokens]
-        rounded = task.codec.digits(world[None], states[None, : 2 * tokens]).round()
+        rounded = task.codec.digits(world[None, : FRAMES_PER_TOKEN * tokens], states[None, : 2 * tokens]).round()
         path = align(task.phone_head(rounded)[0].log_softmax(-1), labels)[::2]
         codes.append(task.codec.to_code(rounded)[0].tolist())
         aligned.append([[labels[i], [*labels, -1][i + 1]] for i in path])

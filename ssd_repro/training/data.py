@@ -34,6 +34,7 @@ from ..errors import InputError
 from ..models.speech_lm import SpeechLM
 from ..speech.text import VOICES, prompt_and_text
 
+LISTS = ("text_ids", "speech", "prompt_text", "prompt_speech")  # of a row; ``Example.parts``
 NO_TOKENS = partial(np.zeros, 0, np.int32)
 
 
@@ -57,7 +58,7 @@ class Example:
 
     @property
     def parts(self) -> tuple[np.ndarray, ...]:
-        return self.text, self.prompt_text, self.prompt_speech, self.speech
+        return self.text, self.speech, self.prompt_text, self.prompt_speech
 
     @property
     def labels(self) -> int:
@@ -68,15 +69,13 @@ class Example:
         return sum(map(len, self.parts))
 
     def row(self) -> dict:
-        """As a data folder has it."""
-        lists = zip(("text_ids", "prompt_text", "prompt_speech", "speech"), self.parts, strict=True)
-        return {"id": self.id, **{name: ids.tolist() for name, ids in lists}, "stopped": self.stopped}
+        lists = {name: ids.tolist() for name, ids in zip(LISTS, self.parts, strict=True)}
+        return {"id": self.id, **lists, "stopped": self.stopped}
 
     @classmethod
     def from_row(cls, row: dict) -> Example:
         """ValueError if a list holds something else than token ids."""
-        names = ("text_ids", "speech", "prompt_text", "prompt_speech")
-        return cls(row["id"], *(_ids(name, row.get(name, [])) for name in names), row.get("stopped", True))
+        return cls(row["id"], *(_ids(name, row.get(name, [])) for name in LISTS), row.get("stopped", True))
 
 
 def _ids(name: str, values: list) -> np.ndarray:
@@ -107,7 +106,7 @@ def read_data(path: Path, text_vocab: int, codes: int, prompts: dict[str, dict] 
     """Every row of a data folder (or of one file) as its ``renderings``, in the order of file names and lines.
 
     text_vocab, codes: how many ids text and speech have; needed: ids that every text must hold. InputError names
-    the file, the line and what is wrong with it. 600 hours take about half a gigabyte, in each process.
+    the file, the line and what is wrong. 600 hours take about half a gigabyte, in each process.
     """
     path, seen, found = Path(path), {}, []
     files = sorted((*path.glob("*.jsonl"), *path.glob("*.jsonl.gz"))) if path.is_dir() else [path]
@@ -116,8 +115,8 @@ def read_data(path: Path, text_vocab: int, codes: int, prompts: dict[str, dict] 
     for file in files:
         for number, line in _lines(file):
             try:
-                group = renderings(json.loads(line), prompts)
-                for example in group:
+                found.append(renderings(json.loads(line), prompts))
+                for example in found[-1]:
                     _check(example, text_vocab, codes, needed)
                     if example.id in seen:
                         raise ValueError(f"id {example.id!r} was already in {seen[example.id]}")
@@ -125,7 +124,6 @@ def read_data(path: Path, text_vocab: int, codes: int, prompts: dict[str, dict] 
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
                 raise InputError(f"{file}, line {number} is not a row of speech: {what}") from None
-            found.append(group)
     if not found:
         raise InputError(f"--data {path} has no rows")
     return found
@@ -141,8 +139,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _check(example: Example, text_vocab: int, codes: int, needed: Iterable[int]) -> None:
-    limits = {"text_ids": text_vocab, "prompt_text": text_vocab, "prompt_speech": codes, "speech": codes}
-    for ids, (name, end) in zip(example.parts, limits.items(), strict=True):
+    for name, ids, end in zip(LISTS, example.parts, 2 * (text_vocab, codes), strict=True):
         if len(ids) and ids.max() >= end:
             raise ValueError(f"{name} has {ids.max()}; this target's ids end at {end - 1}")
     for token in set(needed).difference(example.text, example.prompt_text):
@@ -196,7 +193,7 @@ def collate(
     """
     device, rows = lm.head.weight.device, []
     for example in examples:
-        text, prompt_text, prompt_speech, said = (torch.from_numpy(part).long().to(device) for part in example.parts)
+        text, said, prompt_text, prompt_speech = (torch.from_numpy(part).long().to(device) for part in example.parts)
         shown = torch.cat((prompt_speech, said))
         embedded = lm.prefix(text, prompt_text, noise(shown) if noise else shown)[0]  # speech goes on like a prompt
         due = torch.cat((said, said.new_tensor([stop] * example.stopped)))

@@ -73,21 +73,16 @@ def load_target(path: Path) -> Target:
     return Target(lm, cosyvoice.SPEECH_TOKENS, lm.layout.eos, lm.layout.config, needed=needed)
 
 
-def sample(
-    target: Target, examples: list[Example], settings: Settings, folder: Path, accelerator, log=print
-) -> list[Example]:
+def sample(target: Target, examples: list[Example], settings: Settings, folder: Path, accelerator, log=print) -> list:
     """``examples`` with what the target says to their texts in place of their speech; kept in ``folder``.
 
     A row depends on (seed, its id) alone; the folder is a data folder, which a killed run goes on
     with (``share_rows``). InputError if it holds samples of another target, other data or other settings.
     """
-    about = {
-        "seed": settings.seed,
-        "precision": settings.precision,
-        "target": checkpoints.weights_sha256(target.lm),
-        "decoding": asdict(target.config(100)),  # its lengths for 100 text tokens
-        "data": data_sha256([replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]),
-    }
+    texts = [replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]
+    about = {"seed": settings.seed, "precision": settings.precision, "data": data_sha256(texts)}
+    about["target"] = checkpoints.weights_sha256(target.lm)
+    about["decoding"] = asdict(target.config(100))  # its lengths for 100 text tokens
     path = folder / "about.json"
 
     def check() -> None:
@@ -109,10 +104,10 @@ def sample(
 
 @torch.inference_mode()
 def sample_one(target: Target, example: Example, seed: int) -> Example:
-    """``example`` with the target's own speech, sampled as deployed; its generator is seeded by (seed, id)."""
+    """``example`` with the target's own speech; the generator is seeded by (seed, id)."""
     device = target.lm.head.weight.device
-    prefix = target.lm.prefix(*(torch.from_numpy(part).long().to(device) for part in example.parts[:3]))
+    text, _, *prompt = (torch.from_numpy(part).long().to(device) for part in example.parts)
     own = int.from_bytes(hashlib.sha256(f"{seed}/{example.id}".encode()).digest()[:7], "big")
     generator = torch.Generator(device).manual_seed(own)
-    result = autoregressive(target.lm, prefix, target.config(len(example.text)), generator)
+    result = autoregressive(target.lm, target.lm.prefix(text, *prompt), target.config(len(example.text)), generator)
     return Example.from_row(example.row() | {"speech": list(result.tokens), "stopped": result.stopped})

@@ -138,10 +138,9 @@ def train(
     speech tokens are left out; samples: the on-policy recipe takes at most so many rows.
     """
     loss = loss_of(recipe, loss)
-    check_number("held_out", held_out, 0, 1_000_000, whole=True)
-    check_number("longest", longest, 1, 1_000_000, whole=True)
-    if samples is not None:
-        check_number("samples", samples, 1, 1_000_000_000, whole=True)
+    for name, value, least in (("held_out", held_out, 0), ("longest", longest, 1), ("samples", samples, 1)):
+        if value is not None:
+            check_number(name, value, least, 1_000_000_000, whole=True)
     accelerator = processes(device)
     main = accelerator.is_main_process
     log = log if main else lambda _: None

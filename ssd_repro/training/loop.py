@@ -133,8 +133,7 @@ def data_sha256(items: list) -> str:
     for value in (getattr(item, field.name) for item in items for field in fields(item)):
         arrays = isinstance(value, (Tensor, np.ndarray))
         digest.update(f"{tuple(value.shape)}{value.dtype}".encode() if arrays else repr(value).encode())
-        if arrays:
-            digest.update(np.ascontiguousarray(value))
+        digest.update(np.ascontiguousarray(value) if arrays else b"")
     return digest.hexdigest()
 
 
@@ -155,10 +154,9 @@ def train(
 
     A row holds the terms, means since the row before, gradient_norm of the last step (before it is
     clipped to 1), the learning rate, how many labels were seen, and with a checkpoint the terms of
-    ``dev``. ``items``: dataclasses with a length; those of like length share a batch. ``out`` gets
-    log.jsonl and checkpoint.pt; the same call goes on from there. ``facts``: what else than settings
-    and data decides the result. InputError if ``out`` holds another run, or if the batch cannot be
-    shared out.
+    ``dev``. ``items``: dataclasses with a length. ``out`` gets log.jsonl and checkpoint.pt; the same
+    call goes on from there. ``facts``: what else than settings and data decides the result. InputError
+    if ``out`` holds another run, or if the batch cannot be shared out.
     """
     from accelerate.utils import gather_object
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -78,18 +77,11 @@ def find_hint(model: str = "") -> str:
     return model or str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A weights file that is not yet a voice, as provenance asks for it."""
-
-    weights_id: str
-    device: torch.device = torch.device("cpu")
-
-
-def save_weights(path: Path, module: nn.Module) -> Weights:
+def save_weights(path: Path, module: nn.Module) -> SimpleNamespace:
+    """-> what provenance asks of a voice, which a weights file alone is not yet."""
     with files.replacing(path) as part:
         save_file({name: value.contiguous() for name, value in module.state_dict().items()}, part)
-    return Weights(files.sha256(path)[:12])
+    return SimpleNamespace(weights_id=files.file_digest(path), device="cpu")
 
 
 def read_weights(path: Path, module: nn.Module, notebook: int):
@@ -141,17 +133,14 @@ def write_voice(
     """Codec, target, draft, and ``choose_examples``'s references and prompts, as one voice folder."""
     import soundfile
 
+    out = folder / "references"
     audio = {row["id"]: soundfile.read(source.path(row["id"])) for row in references}  # may lie in the folder to clear
-    shutil.rmtree(folder / "references", ignore_errors=True)
-    (folder / "references").mkdir(parents=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     for name, (samples, rate) in audio.items():
-        soundfile.write(folder / "references" / f"{name}.flac", samples, rate, subtype="PCM_16")
-    write_metadata(folder / "references" / "metadata.csv", references)
-    facts = {
-        "voices": list(VOICES),
-        "references": {row["voice"]: f"{row['id']}.flac" for row in references},
-        "prompts": prompts,
-        "sampler": vars(SAMPLER),
-        "token_text_ratio": list(TOKEN_TEXT_RATIO),
-    }
+        soundfile.write(out / f"{name}.flac", samples, rate, subtype="PCM_16")
+    write_metadata(out / "metadata.csv", references)
+    names = {row["voice"]: f"{row['id']}.flac" for row in references}
+    facts = {"voices": list(VOICES), "references": names, "prompts": prompts, "sampler": vars(SAMPLER)}
+    facts["token_text_ratio"] = list(TOKEN_TEXT_RATIO)
     checkpoints.save_voice(folder, codec, target, draft, facts)

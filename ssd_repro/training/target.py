@@ -101,7 +101,11 @@ class TargetTask(Task):
         depths = sorted({self.bottom, options.layers // 3, 2 * options.layers // 3})
         self.phone_heads = nn.ModuleDict({str(depth): nn.Linear(options.hidden, 2 * len(SYMBOLS)) for depth in depths})
         for layer in self.lm.model.layers:
-            layer.mlp.register_forward_hook(_channel_dropout(options.dropout))
+            layer.mlp.register_forward_hook(self._channel_dropout)
+
+    def _channel_dropout(self, module, args, output: Tensor) -> Tensor | None:
+        if module.training:  # one mask a channel: a mask per element costs a fifth of a CPU step
+            return output * F.dropout(output.new_ones(len(output), 1, output.shape[2]), self.options.dropout)
 
     def groups(self) -> list[dict]:
         own = [module.parametrizations.weight.original1 for module in (self.lm.speech_embedding, self.lm.head)]
@@ -173,14 +177,6 @@ class TargetTask(Task):
         return q, p, [x.reshape(-1, len(SYMBOLS)) for x in heads]
 
 
-def _channel_dropout(rate: float):
-    def hook(module, args, output):
-        if module.training:  # one mask a channel: a mask per element costs a fifth of a CPU step
-            return output * F.dropout(output.new_ones(output.shape[0], 1, output.shape[2]), rate)
-
-    return hook
-
-
 def train_target(
     codec: Codec,
     learned: list[Example],
@@ -190,7 +186,7 @@ def train_target(
     out: Path,
     begin: SpeechLM | None = None,
 ) -> tuple[SpeechLM, list[dict]]:
-    """Train the target, from random weights or from ``begin``'s -> (SpeechLM on the CPU, log rows)."""
+    """``begin``: whose weights to go on from; None: random ones -> (SpeechLM on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
     task = TargetTask(codec, options, learned)
     if begin:
