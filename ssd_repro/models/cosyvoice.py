@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
+from transformers import Qwen2Config, Qwen2Model
 
 from ..decoding.result import DecodeConfig
 from ..errors import InputError, check_number, first_line
+from .checkpoints import fill
 from .speech_lm import SpeechLM
 
 SPEECH_TOKENS = 6561  # the codes of the speech tokenizer; every id from here on is a mark
@@ -71,9 +70,8 @@ class CosyVoiceLM(SpeechLM):
     A draft made from it (``make_draft``) is a plain SpeechLM and takes the same prefix.
     """
 
-    def __init__(self, model: Qwen2Model, layout: Layout, bias: bool | None = None) -> None:
-        """bias: of the head; None is as released: version 2 has one, version 3 has none."""
-        super().__init__(model, layout.vocab, bias=layout.version == 2 if bias is None else bias)
+    def __init__(self, model: Qwen2Model, layout: Layout) -> None:
+        super().__init__(model, layout.vocab, bias=layout.version == 2)
         self.layout = layout
         self.llm_embedding = nn.Embedding(2, model.config.hidden_size) if layout.version == 2 else None
 
@@ -85,10 +83,9 @@ class CosyVoiceLM(SpeechLM):
         version 3 finds no <|endofprompt|> (151646) in the texts.
         """
         words = torch.cat((prompt_text, text))
-        rows = self.model.embed_tokens.num_embeddings
         if not len(text):
             raise InputError("the text has no tokens; give at least one.")
-        _check_ids("a text token", words, rows)
+        _check_ids("a text token", words, self.model.embed_tokens.num_embeddings)
         _check_ids("a prompt speech token", prompt_speech, SPEECH_TOKENS)
         if self.layout.version == 3 and not (words == END_OF_PROMPT).any():
             raise InputError(
@@ -109,135 +106,49 @@ def _check_ids(name: str, ids: Tensor, size: int) -> None:
 # Files
 
 TEXT_MODEL = "CosyVoice-BlankEN"  # the folder of a released model with Qwen2's config.json and tokenizer
-QWEN2_05B = {  # what the release's config.json says, for checkpoints that come without it
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "max_position_embeddings": 32768,
-}
-OUR_NAMES = {"llm.model.model.": "model.", "llm_decoder.": "head."}  # of weights: upstream's beginnings -> ours
-THEIR_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
 
 
-def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> CosyVoiceLM:
-    """The language model of CosyVoice 2 or Fun-CosyVoice 3, on the CPU, in eval mode.
+def load_cosyvoice(path: str | Path) -> CosyVoiceLM:
+    """The language model of CosyVoice 2 or Fun-CosyVoice 3, fp32 on the CPU, in eval mode.
 
-    path: a released model's folder (llm.pt, CosyVoice-BlankEN/config.json), one .pt file of
-    it (llm.rl.pt), or a folder in the Hugging Face form of upstream's
-    pretrained_to_huggingface.py (2) or convert_cosyvoice3_to_hf.py (3). InputError if it is
-    none of these, cut, or of another model: it names what is missing.
+    path: a released model's folder (llm.pt, CosyVoice-BlankEN/config.json), or one .pt file in it (llm.rl.pt):
+    the state dict of upstream's Qwen2LM (2) or CosyVoice3LM (3). InputError if it is missing, cut, or of
+    another model.
     """
-    path = Path(path)
-    file = path / "llm.pt" if path.is_dir() else path
-    if file.is_file():
-        return _load_released(file, dtype)
-    if (path / "config.json").is_file():
-        return _load_converted(path, dtype)
-    what = "holds neither llm.pt nor config.json" if path.is_dir() else "does not exist"
-    raise InputError(
-        f"{path} {what}: give a folder of CosyVoice 2 or Fun-CosyVoice 3 (llm.pt, {TEXT_MODEL}/config.json), a .pt "
-        "file from one, or a folder converted to the Hugging Face form"
-    )
-
-
-def _load_released(path: Path, dtype: torch.dtype) -> CosyVoiceLM:
-    """llm.pt: the state dict of upstream's Qwen2LM (2) or CosyVoice3LM (3)."""
-    theirs = _read_pt(path)
-    layout = _layout(theirs, path)
-    theirs.pop("llm.model.lm_head.weight", None)  # the head of text: never used for speech
-    state = {_renamed(name, OUR_NAMES): value for name, value in theirs.items()}
-    about, bias = path.parent / TEXT_MODEL / "config.json", layout.version == 2
-    if about.is_file():
-        return _assemble(_read_config(about), layout, bias, state, path, THEIR_NAMES, dtype)
-    rows = len(state.get("model.embed_tokens.weight", ()))
-    try:  # heads and rotations leave no trace in the shapes
-        config = Qwen2Config(**QWEN2_05B, vocab_size=rows, attn_implementation="sdpa")
-        return _assemble(config, layout, bias, state, path, THEIR_NAMES, dtype)
-    except InputError as error:
+    file = Path(path) / "llm.pt" if Path(path).is_dir() else Path(path)
+    state = _read_weights(file)
+    rows, vocabs = len(state.get("speech_embedding.weight", ())), {x.vocab: x for x in LAYOUTS.values()}
+    if rows not in vocabs:
+        sizes = " or ".join(f"{size} (CosyVoice {layout.version})" for size, layout in vocabs.items())
         raise InputError(
-            f"{about} is missing and the weights are not of Qwen2.5-0.5B's shape: put the config.json of its Qwen2 "
-            f"there ({error})"
-        ) from None
-
-
-def _renamed(name: str, beginnings: dict[str, str]) -> str:
-    old = next((old for old in beginnings if name.startswith(old)), "")
-    return beginnings.get(old, "") + name.removeprefix(old)
-
-
-def _load_converted(folder: Path, dtype: torch.dtype) -> CosyVoiceLM:
-    """Speech tokens as text tokens <|s_0|>, ...: rows of embed_tokens and lm_head, cut out again."""
-    config = _read_config(folder / "config.json")
-    if config.vocab_size in [layout.vocab for layout in LAYOUTS.values()]:
-        raise InputError(f"{folder} is the export for vLLM, without text embeddings: give the folder with llm.pt")
-    try:
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no readable tokenizer ({first_line(error)}): convert the model again") from None
-    if "<|s_0|>" not in words:
-        raise InputError(
-            f"{folder} is no converted CosyVoice: its tokenizer lacks <|s_0|>; for a released model give the folder "
-            "that holds llm.pt"
+            f"{file} is no language model of CosyVoice 2 or 3: its speech_embedding.weight has {rows} rows, not {sizes}"
         )
-    state = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            state |= load_file(file)
-        except SafetensorError as error:
-            raise InputError(
-                f"{file} cannot be read ({first_line(error)}): it is cut or another kind of file"
-            ) from None
-    first, layout = words["<|s_0|>"], LAYOUTS[3 if "<|fill|>" in words else 2]
-    end, marks = first + layout.vocab, 2 * (layout.version == 2)  # version 2 has its marks behind the speech tokens
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        rows = len(state.get(name, ()))
-        if rows < end + marks:
-            raise InputError(f"{folder}: {name} has {rows} rows, too few for its speech tokens {first} to {end - 1}")
-    table, bias = state.pop("model.embed_tokens.weight"), state.pop("lm_head.bias", None)
-    state["model.embed_tokens.weight"], state["speech_embedding.weight"] = table[:first], table[first:end]
-    state["head.weight"] = state.pop("lm_head.weight")[first:end]
-    if bias is not None:
-        state["head.bias"] = bias[first:end]
-    if marks:
-        state["llm_embedding.weight"] = table[end : end + marks]
-    config.vocab_size = first
-    return _assemble(config, layout, bias is not None, state, folder, {}, dtype)
+    config = _read_config(file.parent / TEXT_MODEL / "config.json")
+    with torch.device("meta"):
+        lm = CosyVoiceLM(Qwen2Model(config), vocabs[rows])
+    fill(lm, {name: value.float() for name, value in state.items()}, file, assign=True)
+    lm.model.rotary_emb = type(lm.model.rotary_emb)(config)  # no weight: computed
+    return lm.eval()
 
 
-def _read_pt(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            raise InputError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull there")
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of llm.pt in our names; the head of text, never used for speech, is left out."""
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist: give a released folder of CosyVoice 2 or Fun-CosyVoice 3 (llm.pt, "
+            f"{TEXT_MODEL}/config.json) or a .pt file in one"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}  # no epoch, no step
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{path} cannot be read as a checkpoint of tensors ({first_line(error)}): it is cut or another kind of file"
+            f"{path} cannot be read as a checkpoint of tensors ({first_line(error)}): it is cut, a pointer of Git LFS "
+            "(run git lfs pull there) or another kind of file"
         ) from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}; llm.pt holds a dict of tensors")
-    for name in ("epoch", "step"):  # upstream's trainer adds them
-        state.pop(name, None)
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise InputError(f"{path}: {_some(strange)} is no tensor; llm.pt holds tensors alone")
-    return state
-
-
-def _layout(state: dict[str, Tensor], path: Path) -> Layout:
-    name = "speech_embedding.weight"
-    if name not in state:
-        first = "it is a CosyVoice 1" if "text_encoder.embed.out.0.weight" in state else f"it has {_some(state)}"
-        raise InputError(f"{path} lacks {name}, so it is no language model of CosyVoice 2 or 3: {first}")
-    for layout in LAYOUTS.values():
-        if len(state[name]) == layout.vocab:
-            return layout
-    sizes = " or ".join(f"{layout.vocab} (CosyVoice {layout.version})" for layout in LAYOUTS.values())
-    raise InputError(f"{path}: {name} has {len(state[name])} rows; it must be {sizes}")
+    tensors.pop("llm.model.lm_head.weight", None)
+    renamed = (name.replace("llm.model.model.", "model.").replace("llm_decoder.", "head.") for name in tensors)
+    return dict(zip(renamed, tensors.values(), strict=True))
 
 
 def _read_config(path: Path) -> Qwen2Config:
@@ -245,40 +156,8 @@ def _read_config(path: Path) -> Qwen2Config:
         about = json.loads(path.read_text("utf-8"))
         kind = about["model_type"]
         config = Qwen2Config.from_dict(about | {"pad_token_id": None}, attn_implementation="sdpa")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read as a Qwen2 configuration ({first_line(error)})") from None
     if kind != "qwen2" or set(config.layer_types) != {"full_attention"}:
         raise InputError(f"{path} describes {kind} with {set(config.layer_types)}; it must be qwen2, full attention")
     return config
-
-
-def _assemble(
-    config: Qwen2Config, layout: Layout, bias: bool, state: dict, path: Path, names: dict, dtype: torch.dtype
-) -> CosyVoiceLM:
-    """Weights in our names -> the model; InputError with the file's ``names`` if they do not fit."""
-    with torch.device("meta"):
-        lm = CosyVoiceLM(Qwen2Model(config), layout, bias)
-    expected = {name: tuple(value.shape) for name, value in lm.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = {
-        "lacks": [_renamed(name, names) for name in expected.keys() - found.keys()],
-        "has, unexpectedly,": [_renamed(name, names) for name in found.keys() - expected.keys()],
-        "has the wrong shape in": [
-            f"{_renamed(name, names)} {found[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    faults = "; ".join(f"{fault} {_some(sorted(names))}" for fault, names in wrong.items() if names)
-    if faults:
-        raise InputError(f"{path} is no whole language model of CosyVoice {layout.version}: it {faults}")
-    lm.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
-    lm.model.rotary_emb = type(lm.model.rotary_emb)(lm.model.config)  # no weight: computed
-    return lm.eval()
-
-
-def _some(names) -> str:
-    """The first three names, and how many more."""
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
