@@ -15,12 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-from ssd_repro.models.cosyvoice import LAYOUTS
 
 TEXT_VOCAB = 300
 WORDS = ["a", "b", "c", "d"]
@@ -189,60 +186,23 @@ class CosyVoice:
         self.model = Model(llm, fp16)
 
 
-def save_released(folder: Path, upstream: Upstream, config: bool = True) -> Path:
+def save_released(folder: Path, upstream: Upstream) -> Path:
     """llm.pt and CosyVoice-BlankEN/config.json with the fields that the release has."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(upstream.state_dict(), folder / "llm.pt")
-    if config:
-        about = upstream.llm.model.config
-        fields = {name: getattr(about, name) for name in FIELDS}
-        fields |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0}
-        fields |= {"use_sliding_window": False, "sliding_window": 32768, "bos_token_id": 151643}
-        (folder / "CosyVoice-BlankEN").mkdir(exist_ok=True)
-        (folder / "CosyVoice-BlankEN" / "config.json").write_text(json.dumps(fields))
+    about = upstream.llm.model.config
+    fields = {name: getattr(about, name) for name in FIELDS}
+    fields |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0}
+    fields |= {"use_sliding_window": False, "sliding_window": 32768, "bos_token_id": 151643}
+    (folder / "CosyVoice-BlankEN").mkdir(exist_ok=True)
+    (folder / "CosyVoice-BlankEN" / "config.json").write_text(json.dumps(fields))
     return folder
 
 
-def save_tokenizer(folder: Path, extra: list[str] = (), size: int | None = None) -> int:
-    """A word tokenizer with <|endofprompt|> and then ``extra`` -> the id of the first of them."""
+def save_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of ``size`` words."""
     words = {word: i for i, word in enumerate(WORDS)}
-    size = size or len(words)
     words |= {f"#{i}": i for i in range(len(words), size)}
     raw = Tokenizer(models.WordLevel(words, unk_token="a"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
-    tokenizer.add_tokens(list(extra))
-    tokenizer.save_pretrained(folder)
-    return size
-
-
-def save_converted(folder: Path, upstream: Upstream, head_bias: bool = True) -> Path:
-    """The Hugging Face form: speech tokens appended to the text's, rows padded to a multiple of 128.
-
-    head_bias False: as trainers save version 2 that know no bias in Qwen2's head.
-    """
-    layout, hidden = LAYOUTS[upstream.version], upstream.speech_embedding.embedding_dim
-    text = upstream.llm.model.config.vocab_size
-    names = [f"<|s_{i}|>" for i in range(layout.vocab if upstream.version == 3 else 6561)]
-    if upstream.version == 2:
-        names += ["<|eos1|>", "<|eos2|>", "<|eos3|>", "<|sos|>", "<|task_id|>"]
-    else:
-        names[6561:6565] = ["<|sos|>", "<|eos1|>", "<|task_id|>", "<|fill|>"]
-    first = save_tokenizer(folder, names, size=text)
-    rows = -(-(first + len(names)) // 128) * 128
-    embed, head = torch.randn(rows, hidden), torch.zeros(rows, hidden)
-    embed[:first] = upstream.llm.model.model.embed_tokens.weight
-    embed[first : first + layout.vocab] = upstream.speech_embedding.weight
-    head[first : first + layout.vocab] = upstream.llm_decoder.weight
-    bias = torch.full((rows,), -torch.inf)
-    if upstream.version == 2:
-        bias[first : first + layout.vocab] = upstream.llm_decoder.bias
-        embed[first + layout.vocab : first + layout.vocab + 2] = upstream.llm_embedding.weight
-    state = {f"model.{name}": value for name, value in upstream.llm.model.model.state_dict().items()}
-    state |= {"model.embed_tokens.weight": embed, "lm_head.weight": head}
-    if head_bias and upstream.version == 2:
-        state["lm_head.bias"] = bias
-    config = upstream.llm.model.config.to_dict() | {"vocab_size": rows, "tie_word_embeddings": False}
-    save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)

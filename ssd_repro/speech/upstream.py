@@ -78,7 +78,8 @@ def accelerate(
     check_number("seed", seed, 0, 2**62, whole=True)
     sampler, banned = upstream_sampling(llm)
     draft = load_draft(Path(draft), target) if isinstance(draft, (str, Path)) else draft
-    _check_draft(draft, target)
+    if draft is not None:
+        _check_draft(draft, target)
     fields = {"sampler": sampler, "banned_ids": banned, "draft_length": draft_length, "tolerance": tolerance}
     settings = target.layout.config(1, **fields)
     seeds = itertools.count(seed)  # next() on a count is atomic
@@ -90,17 +91,15 @@ def accelerate(
         """
         generator = torch.Generator(lm_input.device).manual_seed(next(seeds))
         if max_len < 1:
-            return
+            return iter(())
         config = replace(settings, min_tokens=min(min_len, max_len), max_tokens=max_len)
-        rounds = stream(target, draft, lm_input, config, generator)
-        while True:
-            try:
-                final = next(rounds)
-            except StopIteration as end:
-                if on_result:
-                    on_result(uuid, end.value)
-                return
-            yield from final
+
+        def rounds() -> Iterator[list[int]]:
+            result = yield from stream(target, draft, lm_input, config, generator)
+            if on_result:
+                on_result(uuid, result)
+
+        return itertools.chain.from_iterable(rounds())
 
     llm.inference_wrapper, model.tts = tokens, _refuse_streaming_text(model.tts)
     return Accelerated(model, tokens)
@@ -168,7 +167,7 @@ def upstream_sampling(llm) -> tuple[Sampler, tuple[int, ...]]:
     sure[0] = 0.0
     with torch.random.fork_rng(devices=[]):
         masks_repeat = int(sampling(sure, [0] * given["win_size"], 25)) != 0
-    # What sampling_ids does before the minimum length with 6561, with an id above it, with speech: which is the first kept?
+    # Before the minimum length sampling_ids is offered 6561, an id above it, then speech: it keeps the first allowed.
     offered = iter(torch.tensor([[SPEECH_TOKENS], [SPEECH_TOKENS + 1], [0]]))
     stand_in = SimpleNamespace(speech_token_size=llm.speech_token_size, sampling=lambda *_: next(offered))
     kept = int(type(llm).sampling_ids(stand_in, scores, [], 25, ignore_eos=True))
@@ -181,8 +180,11 @@ def upstream_sampling(llm) -> tuple[Sampler, tuple[int, ...]]:
     return Sampler(**settings, ras_masks_repeat=masks_repeat, bans_by_mask=bool(masked)), masked or redrawn
 
 
-def _check_draft(draft: SpeechLM | None, target: SpeechLM) -> None:
-    if not isinstance(draft, SpeechLM | None):
+def _check_draft(draft: SpeechLM, target: SpeechLM) -> None:
+    if not isinstance(draft, SpeechLM):
         raise InputError(f"draft is {draft!r}; it must be a draft's folder, a SpeechLM or None.")
-    heads = draft and draft.head.weight, target.head.weight
-    found, wanted = ("x".join()) 
+    found, wanted = (f"{tuple(w.shape)} {w.dtype} on {w.device}" for w in (draft.head.weight, target.head.weight))
+    if found != wanted:
+        raise InputError(
+            f"the draft's head (speech vocabulary, hidden size) is {found}, the target's {wanted}: they must agree."
+        )

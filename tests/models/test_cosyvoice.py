@@ -7,7 +7,6 @@ CosyVoice3LM, ras_sampling and CosyVoice2Model in the last tests; they are skipp
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 import threading
@@ -23,9 +22,7 @@ from tiny_cosyvoice import (
     Qwen2LM,
     Upstream,
     ras_sampling,
-    save_converted,
     save_released,
-    save_tokenizer,
 )
 from toys import generator
 
@@ -33,7 +30,6 @@ from ssd_repro.decoding.result import NumericsError
 from ssd_repro.decoding.sampling import Sampler, probabilities
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
-from ssd_repro.models import cosyvoice as cosyvoice_module
 from ssd_repro.models.checkpoints import save_draft
 from ssd_repro.models.cosyvoice import LAYOUTS, load_cosyvoice
 from ssd_repro.models.draft import make_draft
@@ -55,10 +51,8 @@ def released(tmp_path_factory):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("form", ["released", "converted"])
-def test_loaded_logits_are_those_of_upstreams_modules(version, form, tmp_path):
-    upstream = Upstream(version)
-    lm = load_cosyvoice({"released": save_released, "converted": save_converted}[form](tmp_path, upstream))
+def test_loaded_logits_are_those_of_upstreams_modules(version, released):
+    upstream, lm = Upstream(version), load_cosyvoice(released[version])
     edge = {2: (upstream.sos, upstream.task_id), 3: (6561, 6563)}[version]
     assert (lm.layout.version, lm.layout.sos, lm.layout.task) == (version, *edge)
     prefix = upstream.prefix(TEXT, PROMPT_TEXT, PROMPT_SPEECH)
@@ -73,12 +67,9 @@ def test_loaded_logits_are_those_of_upstreams_modules(version, form, tmp_path):
         torch.testing.assert_close(lm.prefix(TEXT, PROMPT_TEXT, PROMPT_SPEECH), prefix)
 
 
-def test_a_converted_head_without_bias_and_another_dtype(tmp_path):
-    upstream = Upstream(2)
-    lm = load_cosyvoice(save_converted(tmp_path, upstream, head_bias=False), torch.bfloat16)
-    assert lm.head.bias is None
+def test_half_precision_leaves_the_rotations_alone(released):
+    lm = load_cosyvoice(released[2]).cast("bf16")
     assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(lm.head.weight, upstream.llm_decoder.weight.bfloat16())
     assert lm.model.rotary_emb.inv_freq.dtype == torch.float32  # bf16 would turn late positions by a radian
 
 
@@ -110,27 +101,6 @@ def test_ids_and_lengths_are_upstreams():
     assert (config.stop_ids, config.banned) == (three.stop_ids, (6561,))
 
 
-def test_without_config_json_only_the_known_shape_is_loaded(tmp_path, monkeypatch):
-    due = load_cosyvoice(save_released(tmp_path / "whole", Upstream(2)))
-    folder = save_released(tmp_path / "bare", Upstream(2), config=False)
-    with pytest.raises(InputError, match=r"config\.json is missing .* Qwen2\.5-0\.5B.* lacks llm\.model"):
-        load_cosyvoice(folder)
-    config = due.model.config  # now the tiny model's shape is the known one
-    monkeypatch.setattr(
-        cosyvoice_module, "QWEN2_05B", {name: getattr(config, name) for name in cosyvoice_module.QWEN2_05B}
-    )
-    lm, (text, *none) = load_cosyvoice(folder), (TEXT, TEXT[:0], TEXT[:0])
-    assert torch.equal(lm(lm.prefix(text, *none)), due(due.prefix(text, *none)))
-
-
-def test_the_known_shape_is_qwen2s():
-    """config.json of Qwen2.5-0.5B, of which the release has a copy."""
-    config = cosyvoice_module.Qwen2Config(**cosyvoice_module.QWEN2_05B)
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (896, 4864, 24)
-    assert (config.num_attention_heads, config.num_key_value_heads) == (14, 2)
-    assert (config.rope_parameters["rope_theta"], config.rms_norm_eps) == (1e6, 1e-6)
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -154,22 +124,27 @@ LAYER = "llm.model.model.layers.3.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (cut, "cut or another kind of file"),
-        (pointer, "git lfs pull"),
-        (lambda path: path.write_bytes(b""), "cut or another kind of file"),
-        (lambda path: path.unlink(), r"neither llm\.pt nor config\.json"),
-        (edited(lambda s: s.pop(LAYER) is None), f"lacks {LAYER}$"),
-        (edited(lambda s: s.pop("llm_decoder.bias") is None), r"lacks llm_decoder\.bias"),
-        (edited(lambda s: s.pop("llm_embedding.weight") is None), r"lacks llm_embedding\.weight"),
+        (cut, "it is cut"),
+        (pointer, "run git lfs pull"),
+        (lambda path: path.write_bytes(b""), "it is cut"),
+        (lambda path: path.unlink(), r"llm\.pt does not exist"),
+        (edited(lambda s: s.pop(LAYER) is None), r'Missing .* "model\.layers\.3\.mlp\.up_proj\.weight"'),
+        (edited(lambda s: s.pop("llm_decoder.bias") is None), r'Missing .* "head\.bias"'),
+        (edited(lambda s: s.pop("llm_embedding.weight") is None), r'Missing .* "llm_embedding\.weight"'),
         (edited(lambda s: s.pop("speech_embedding.weight") is None), "no language model of CosyVoice 2 or 3"),
-        (edited(lambda s: s.update({"flow.weight": s[LAYER]})), r"unexpectedly, flow\.weight"),
-        (edited(lambda s: s.update({LAYER: s[LAYER][:5]})), rf"{LAYER} \(5, 32\) instead of \(64, 32\)"),
+        (edited(lambda s: s.update({"flow.weight": s[LAYER]})), r'Unexpected .* "flow\.weight"'),
+        (
+            edited(lambda s: s.update({LAYER: s[LAYER][:5]})),
+            r"size mismatch for model\.layers\.3\.mlp\.up_proj\.weight",
+        ),
         (edited(lambda s: s.update({"speech_embedding.weight": s[LAYER]})), r"has 64 rows.* 6564 .* 6761"),
-        (edited(lambda s: s.update({"note": "x"})), "note is no tensor"),
-        (edited(lambda s: list(s.values())), "holds a list"),
-        (edited(lambda s: {"text_encoder.embed.out.0.weight": s[LAYER]}), "CosyVoice 1"),
+        (edited(lambda s: list(s.values())), "cannot be read as a checkpoint of tensors"),
         (lambda path: torch.save(Upstream, path), "cannot be read as a checkpoint of tensors"),
         (lambda path: (path.parent / "CosyVoice-BlankEN/config.json").write_text("{"), "Qwen2 configuration"),
+        (
+            lambda path: (path.parent / "CosyVoice-BlankEN/config.json").unlink(),
+            r"config\.json cannot be read .*No such",
+        ),
         (lambda path: (path.parent / "CosyVoice-BlankEN/config.json").write_text('{"model_type": "x"}'), "describes x"),
     ],
 )
@@ -183,26 +158,6 @@ def test_a_trainers_checkpoint_by_its_own_name(tmp_path):
     path = save_released(tmp_path, Upstream(3)) / "llm.pt"
     edited(lambda s: s.update(epoch=3, step=99))(path)
     assert load_cosyvoice(path.rename(tmp_path / "epoch_3.pt")).layout.version == 3
-
-
-def test_bad_converted_folders_say_what_is_wrong(tmp_path):
-    folder = save_converted(tmp_path / "good", Upstream(2))
-    config = json.loads((folder / "config.json").read_text())
-    weights = folder / "model.safetensors"
-    cut(weights)
-    with pytest.raises(InputError, match="cut or another"):
-        load_cosyvoice(folder)
-    weights.unlink()
-    with pytest.raises(InputError, match="embed_tokens.weight has 0 rows"):
-        load_cosyvoice(folder)
-    save_tokenizer(folder)
-    with pytest.raises(InputError, match="lacks <|s_0|>"):
-        load_cosyvoice(folder)
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 6564}))
-    with pytest.raises(InputError, match="vLLM"):
-        load_cosyvoice(folder)
-    with pytest.raises(InputError, match="does not exist"):
-        load_cosyvoice(tmp_path / "nowhere")
 
 
 # The sampling
@@ -425,10 +380,10 @@ def test_what_accelerate_refuses(released):
     ):
         with pytest.raises(InputError, match=says):
             accelerate(bad, draft)
-    with pytest.raises(InputError, match="speech vocabulary is 6761"):
+    with pytest.raises(InputError, match=r"speech vocabulary.* is \(6761, 32\)"):
         accelerate(cosyvoice, make_draft(load_cosyvoice(released[3])))
-    with pytest.raises(InputError, match="precision is torch.bfloat16"):
-        accelerate(cosyvoice, make_draft(load_cosyvoice(released[2], torch.bfloat16)))
+    with pytest.raises(InputError, match="torch.bfloat16 on cpu, the target's"):
+        accelerate(cosyvoice, make_draft(load_cosyvoice(released[2]).cast("bf16")))
     with pytest.raises(InputError, match="draft is 7"):
         accelerate(cosyvoice, 7)
     with pytest.raises(InputError, match="tolerance is 1.5"):
