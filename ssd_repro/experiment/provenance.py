@@ -17,7 +17,7 @@ from ..files import git_state, source_tree, write_text
 from ..processes import process
 
 # Part of every row's key. Raise it by hand when what is decoded or measured changes; the golden tests
-# (tests/decoding, tests/experiment/golden_metrics.json) fail if that changes without it.
+# (tests/speech/golden_tokens.json, tests/experiment/golden_metrics.json) fail if that changes without it.
 PROTOCOL = 1
 PACKAGES = (
     *("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime"),
