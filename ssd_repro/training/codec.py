@@ -70,10 +70,7 @@ def features_of(audio: np.ndarray, hint: Hint) -> dict[str, np.ndarray]:
 
 
 def featurise(audio: Path, row: dict[str, str], hint: Hint, folder: Path) -> Features:
-    """Features of one corpus row (see corpus.py), kept in ``folder`` as fp16 so that a second run reads them.
-
-    A file is named by what made it: the audio, the hint's weights, the version of the analysis.
-    """
+    """Of a corpus row; kept in ``folder`` as fp16, named by the audio, the hint's weights, the analysis' version."""
     import soundfile
 
     made_by = f"{FEATURES_VERSION} {hint.digest} {files.sha256(audio)}"
@@ -99,6 +96,11 @@ class PhoneHead(nn.Module):
     def forward(self, digits: Tensor) -> Tensor:
         x = self.at_25_hz(digits)
         return self.at_50_hz(x.reshape(len(x), -1, x.shape[2] // 2)).float()
+
+
+def flip(digits: Tensor, part: float) -> Tensor:
+    """``part`` of the ``digits`` replaced by random ones."""
+    return torch.where(torch.rand_like(digits) < part, torch.randint_like(digits, -1, 2), digits)
 
 
 class CodecTask(Task):
@@ -141,11 +143,9 @@ class CodecTask(Task):
         with self.autocast():
             if self.training:
                 hint = hint * F.dropout(hint.new_ones(len(hint), 1, hint.shape[2]), self.HINT_DROPOUT)
-            digits = self.codec.quantise(self.codec.digits(world, hint))
-            shown = digits
-            if self.training:  # wrong digits: the decoder must bear a language model's mistakes
-                wrong = torch.rand_like(digits) < self.FLIP
-                shown = torch.where(wrong, torch.randint_like(digits, -1, 2), digits)
+            digits = shown = self.codec.quantise(self.codec.digits(world, hint))
+            if self.training:  # the decoder must bear a language model's mistakes
+                shown = flip(digits, self.FLIP)
             made, logits = self.codec.decode_digits(shown, voices), self.phone_head(digits)
         frames = mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None]
         terms = self._distances(made, self.codec.normalise(world), frames)

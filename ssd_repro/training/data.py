@@ -152,7 +152,7 @@ def _check(example: Example, text_vocab: int, codes: int, needed: Iterable[int])
 def hold_out(groups: list[list], count: int, longest: int, seed: int | None = None) -> tuple[list[list], list[list]]:
     """Rows of at most ``longest`` speech tokens -> (to learn from, ``count`` to evaluate on).
 
-    Held out are the last ones, or those that ``seed`` shuffles to the front. InputError if none is left.
+    Held out are the last ones, or those that ``seed`` chooses. InputError if none is left.
     """
     groups = [group for group in groups if len(group[0].speech) <= longest]
     if len(groups) <= count:
@@ -189,7 +189,7 @@ def collate(
 ) -> Batch:
     """A batch, embedded by ``lm``. stop: the label after the speech; window: W.
 
-    noise: speech tokens -> what ``lm`` sees in their place; the labels stay as they are.
+    noise: speech tokens -> what ``lm`` sees in their place; the labels stay.
     """
     device, rows = lm.head.weight.device, []
     for example in examples:

@@ -18,7 +18,8 @@ from ..models.codec import Codec
 from ..models.draft import draft_layers
 from ..models.speech_lm import SpeechLM, small_qwen2
 from ..speech.text import SYMBOLS, TEXT_VOCABULARY
-from .data import Batch, Example, collate
+from .codec import flip
+from .data import Example, collate
 from .loop import Settings, Task, train
 from .splice import PROMPT_TOKENS, behind, by_voice, find_words, splice
 
@@ -77,10 +78,9 @@ class SharedDigits(nn.Module):
 class TargetTask(Task):
     """A SpeechLM in training: embedding and head over shared digits, auxiliary phone heads, and the draft's layers.
 
-    The phone heads predict, above the draft's bottom layers and from a third and two thirds of
-    the depth, the phone that the next speech token belongs to and the one after it: attention
-    finds the alignment in hundreds of steps instead of many thousands. ``pieces``: the utterances
-    that others are put behind or spliced with.
+    The phone heads predict, above the draft's bottom layers and from a third and two thirds of the depth,
+    the phone that the next speech token belongs to and the one after it: attention finds the alignment in
+    hundreds of steps, not thousands. ``pieces``: what others are put behind or spliced with.
     """
 
     def __init__(self, codec: Codec, options: TargetOptions, pieces: list[Example]):
@@ -123,7 +123,7 @@ class TargetTask(Task):
 
     @torch.no_grad()
     def begin_from(self, lm: SpeechLM) -> None:
-        """Begin with the weights of ``lm``, of the same sizes: the phone heads alone stay random."""
+        """Take the weights of ``lm``, of the same sizes: the phone heads alone stay random."""
         self.lm.model.load_state_dict(lm.model.state_dict())
         self.lm.head.bias.copy_(lm.head.bias)
         self.lm.speech_embedding.weight = lm.speech_embedding.weight.detach()
@@ -145,9 +145,21 @@ class TargetTask(Task):
         "speech" is the whole target's, "draft" that of the draft's layers. ``overlap``, on held-out
         speech: mean of sum min(p, q) of the two softmaxes.
         """
+        model = self.lm.model
         with self.autocast(), parametrize.cached():
             batch = collate(self.lm, items, self.stop, noise=self._flipped if self.training else None)
-            q, p, phones = self._logits(batch)
+            embedded = batch.embedded
+            places = torch.arange(embedded.shape[1], device=embedded.device)[None]
+            causal = torch.full((1, 1, places.shape[1], places.shape[1]), -math.inf, device=embedded.device).triu(1)
+            masks = {"full_attention": causal}
+            whole = model(inputs_embeds=embedded, attention_mask=masks, use_cache=False, output_hidden_states=True)
+            short, angles = whole.hidden_states[self.bottom], model.rotary_emb(embedded, places)
+            for layer in model.layers[len(model.layers) - self.top :]:
+                short = layer(short, causal, position_ids=places, position_embeddings=angles)
+            ends = (whole.last_hidden_state, model.norm(short))
+            q, p = (self.lm.head(hidden[batch.at]).float() for hidden in ends)  # (N, 6564)
+            heads = [head(whole.hidden_states[int(k)][batch.at]).float() for k, head in self.phone_heads.items()]
+            phones = [x.reshape(-1, len(SYMBOLS)) for x in heads]  # (2 N, phones)
         speech, draft = (F.cross_entropy(logits, batch.labels) for logits in (q, p))
         phone = torch.stack([F.cross_entropy(x, batch.phones.flatten(), ignore_index=-1) for x in phones]).mean()
         total = speech + 0.5 * phone + self.options.draft_weight * draft
@@ -157,24 +169,7 @@ class TargetTask(Task):
         return terms
 
     def _flipped(self, codes: Tensor) -> Tensor:
-        digits = self.to_digits(codes)
-        wrong = torch.rand(digits.shape, device=digits.device) < self.options.flip
-        return self.to_code(torch.where(wrong, torch.randint_like(digits, -1, 2), digits))
-
-    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits of the whole target and of the draft's layers, (N, 6564) both, and the phone heads' (2 N, phones)."""
-        model, embedded = self.lm.model, batch.embedded
-        places = torch.arange(embedded.shape[1], device=embedded.device)[None]
-        causal = torch.full((1, 1, places.shape[1], places.shape[1]), -math.inf, device=embedded.device).triu(1)
-        masks = {"full_attention": causal}
-        whole = model(inputs_embeds=embedded, attention_mask=masks, use_cache=False, output_hidden_states=True)
-        short, angles = whole.hidden_states[self.bottom], model.rotary_emb(embedded, places)
-        for layer in model.layers[len(model.layers) - self.top :]:
-            short = layer(short, causal, position_ids=places, position_embeddings=angles)
-        ends = (whole.last_hidden_state, model.norm(short))
-        q, p = (self.lm.head(hidden[batch.at]).float() for hidden in ends)
-        heads = [head(whole.hidden_states[int(depth)][batch.at]).float() for depth, head in self.phone_heads.items()]
-        return q, p, [x.reshape(-1, len(SYMBOLS)) for x in heads]
+        return self.to_code(flip(self.to_digits(codes), self.options.flip))
 
 
 def train_target(
