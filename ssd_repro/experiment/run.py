@@ -1,11 +1,9 @@
 """A grid of systems x utterances -> one row each, resumable.
 
-Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins.
-A row is used again when settings, weights, machine kind and ``provenance.PROTOCOL`` agree, whatever
-file of the folder holds it. Other rows stay where they are.
-
-A row is timed against its own baseline: the autoregressive target, decoded in turn with it
-(``base_*``), in whichever run that was. So rows of different runs compare by their ratios.
+Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins. A row is used
+again when settings, weights, machine kind and ``provenance.PROTOCOL`` agree, whatever file of the folder holds
+it. It is timed against its own baseline: the autoregressive target, decoded in turn with it (``base_*``), in
+whichever run that was. So rows of different runs compare by their ratios.
 
 Several processes of one torch.distributed group share the utterances: each writes
 ``<name>.rank<r>.jsonl``, and the next run in one process puts those into ``<name>.jsonl``.
@@ -15,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import inf
 
 import pandas as pd
 
-from ..errors import InputError
+from ..errors import check_number
 from ..files import append_row
 from ..processes import process, wait_for_all
 from ..speech.sentences import Utterance
@@ -46,11 +45,9 @@ def run(
 ) -> pd.DataFrame:
     """Decode and measure what no rows file holds yet -> DataFrame, one row per utterance and system.
 
-    Fair timing: one warm-up of every system; then, utterance by utterance, the systems take
-    turns (another one begins each time), ``repeats`` times with the same seed, and the median
-    counts. The autoregressive target takes its turn wherever something is decoded, as its
-    baseline. Metrics are computed after the timed part; with several processes, when all of
-    them have ended it. Raises InputError, before any work where it can.
+    Fair timing: one warm-up of every system; then, utterance by utterance, the systems take turns (another one
+    begins each time), ``repeats`` times with the same seed, and the median counts. Metrics are computed after the
+    timed part; with several processes, when all of them have ended it. Raises InputError, before any work where it can.
     """
     systems = distinct(systems, voice)
     _check(voice, systems, utterances, repeats)
@@ -79,8 +76,7 @@ def run(
 
 
 def _check(voice, systems: list[System], utterances: list[Utterance], repeats: int) -> None:
-    if not isinstance(repeats, int) or repeats < 1:
-        raise InputError(f"repeats must be a whole number of at least 1, got {repeats!r}")
+    check_number("repeats", repeats, 1, inf, whole=True)
     for utterance in utterances:
         for system in systems:
             voice.check(utterance.text, voice=utterance.voice, seed=utterance.seed, **system.arguments())
