@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .errors import InputError
 from .files import locked, source_tree
-from .processes import is_first, launched_group
+from .processes import is_first
 
 REQUIRED = object()
 
@@ -61,6 +61,8 @@ def parser() -> Parser:
     speak.add("--voice", "af_heart", "who speaks")
     speak.add("--seed", 0, "of the sampling, at least 0")
     speak.add("--device", "auto", "auto, cpu or cuda")
+    speak.add("--runtime", "auto", "auto, eager, graphs or openvino")
+    speak.add("--precision", "fp32", "fp32, bf16 or, with openvino, int8")
     speak.add("--threads", None, "of the CPU; without it what is best for the voice", int)
     speak.add("--weights", None, "another voice folder than the bundled one", Path)
     speak.add("--out", None, "the WAV file to write; without it nothing is written", Path)
@@ -79,7 +81,12 @@ def parser() -> Parser:
     report = commands.add_parser("report", help="make the tables and figures of results/<profile>/ from its rows again")
     report.add("--profile", "quick", "names the results folder")
     report.add("--out", "", "results folder; default results/<profile>")
-    report.add("--readme", None, "file to put the tables into; default README.md, for the profile that it shows", Path)
+    report.add(
+        "--readme",
+        None,
+        "page to put tables and numbers into; default the pages that show this profile",
+        Path,
+    )
     report.set_defaults(function=run_report)
 
     tokens = commands.add_parser(
@@ -158,9 +165,10 @@ def run_speak(options) -> int:
     check_text(options.text)
     if options.out:
         check_output(options.out)
+    machine = ("device", "runtime", "precision", "threads")
     settings = {name: getattr(options, name) for name in ("method", "voice", "tolerance", "draft_length", "seed")}
     with redirect_stdout(sys.stderr):  # whatever a library prints
-        voice = load(options.weights, device=options.device, threads=options.threads)
+        voice = load(options.weights, **{name: getattr(options, name) for name in machine})
         take = voice.speak(options.text, **settings)
         written = options.out and str(take.save(options.out))
     print(json.dumps({**take.summary(), "out": written}) if options.json else _described(take, written))
@@ -184,7 +192,13 @@ def _described(take, written: str | None) -> str:
 def run_run(options) -> int:
     from .experiment.notebooks import run_notebooks
 
-    return run_notebooks(options.profile, options.only, options.out, options.p, options.processes)
+    return run_notebooks(options.profile, options.only, options.out, options.p, options.processes, _make_rows)
+
+
+def _make_rows(parameters: dict[str, dict]) -> None:
+    from .experiment.studies import make_rows  # in the processes that decode: the first one needs no torch
+
+    make_rows(parameters)
 
 
 def run_report(options) -> int:
@@ -192,15 +206,15 @@ def run_report(options) -> int:
     from .experiment.notebooks import COMMITTED
     from .experiment.provenance import results_folder
 
-    folder, readme = results_folder(options.out, options.profile), options.readme
-    if not readme and not options.out and options.profile == COMMITTED and source_tree():
-        readme = source_tree() / "README.md"
-    if readme and not readme.is_file():
-        raise InputError(f"--readme {readme} is not a file")
+    folder, pages = results_folder(options.out, options.profile), [options.readme] if options.readme else []
+    if not pages and not options.out and options.profile == COMMITTED and source_tree():
+        pages = [source_tree() / "README.md", source_tree() / "results" / "README.md"]
+    if missing := [page for page in pages if not page.is_file()]:
+        raise InputError(f"--readme {missing[0]} is not a file")
     if not (folder / "provenance.json").is_file():
         raise InputError(f"{folder} holds no provenance.json: run `ssd-repro run --profile {options.profile}` first")
     with locked(folder / ".run.lock"):
-        made = report.report(folder, readme)
+        made = report.report(folder, pages)
     print(f"{folder}: {', '.join(made)}")
     return 0
 
@@ -210,11 +224,10 @@ def run_tokenise(options) -> int:
 
     if not options.data.is_dir():
         raise InputError(f"--data {options.data} is not a folder: give that of LibriTTS")
-    with launched_group():
-        count = tokenise.tokenise(
-            options.target, options.data, options.out, log=partial(print, file=sys.stderr, flush=True)
-        )
-    print(f"{options.out}: {count} utterances")
+    log = partial(print, file=sys.stderr, flush=True)
+    count = tokenise.tokenise(options.target, options.data, options.out, log=log)
+    if is_first():
+        print(f"{options.out}: {count} utterances")
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -140,10 +141,13 @@ def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str
     return {path: {name: v for name, v in values.items() if name in known[path]} for path in notebooks}
 
 
-def run_notebooks(profile: str, only: list[str], out: str, options: list[tuple[str, str]], processes: int) -> int:
+def run_notebooks(
+    profile: str, only: list[str], out: str, options: list[tuple[str, str]], processes: int, make_rows: Callable
+) -> int:
     """``ssd-repro run``: execute notebooks into the results folder -> exit code. Raises InputError before any work.
 
-    Several processes make the rows first; then one executes the notebooks, which find all of them.
+    Several processes make the rows first, by make_rows(notebook -> parameters); then one executes the notebooks,
+    which find all of them.
     """
     notebooks, folder = choose_notebooks(only), results_folder(out, profile)
     fixed = {"profile": profile, "out": _relative(folder)}
@@ -156,8 +160,6 @@ def run_notebooks(profile: str, only: list[str], out: str, options: list[tuple[s
     os.environ.setdefault("PYTHONWARNINGS", QUIET)
     with locked(folder / ".run.lock") if is_first() else nullcontext():
         if is_launched() or processes > 1:
-            from .studies import make_rows  # needs torch
-
             complete = {path.stem: defaults(path) | values for path, values in given.items()}
             if is_launched():
                 with launched_group():

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
         return old
     versions = {package.name: package.version for package in metadata.distributions()}
     whole[name] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **git_state(),
         "code": code_sha256(),
         "weights": voice.weights_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -199,24 +199,25 @@ def rows_of_run(folder: Path, notebook: str, known: dict[str, dict] | None = Non
     return to_frame(known[key] for key in about["keys"]), about
 
 
-def report(folder: Path, readme: Path | None = None) -> list[str]:
-    """Every exhibit of a results folder anew from its rows, and README's blocks and numbers -> what was made.
+def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
+    """Every exhibit of a results folder anew from its rows, and the pages' blocks and numbers -> what was made.
 
-    No model is loaded. Exhibits of notebooks that have not run, and README's blocks for them, stay as they are.
+    No model is loaded. Exhibits of notebooks that have not run, and the blocks for them, stay as they are.
     """
     plt.switch_backend("agg")
     ran = [name for name, exhibit in EXHIBITS.items() if exhibit.notebook in provenance(folder)]
     if not ran:
         raise InputError(f"{folder}/provenance.json tells of no result notebook: run `ssd-repro run` first")
-    text, known = readme.read_text("utf-8") if readme else "", rows_of_folder(folder)
+    texts, known = {page: page.read_text("utf-8") for page in pages}, rows_of_folder(folder)
     for name in ran:
         rows, about = rows_of_run(folder, EXHIBITS[name].notebook, known)
         shown = show(name, rows, folder, about)
         plt.close("all")
-        if f"<!-- {name} -->" in text:
-            text = put_between(text, name, shown.data)
-    if readme:
-        write_text(readme, CELL.sub(lambda found: _cell(found, readme.parent), text))
+        for page, text in texts.items():
+            if f"<!-- {name} -->" in text:
+                texts[page] = put_between(text, name, shown.data)
+    for page, text in texts.items():
+        write_text(page, CELL.sub(partial(_cell, root=page.parent), text))
     return ran
 
 
@@ -229,7 +230,7 @@ def put_between(text: str, name: str, inside: str) -> str:
     return f"{before}{begin}\n{inside.strip()}\n{end}{after}"
 
 
-# A number within README's sentences: <!-- = FILE.csv; column=value; ...; column; format -->number<!-- /= -->
+# A number within a page's sentences: <!-- = FILE.csv; column=value; ...; column; format -->number<!-- /= -->
 CELL = re.compile(r"<!-- = (.+?) -->.*?<!-- /= -->", re.DOTALL)
 
 
@@ -245,4 +246,4 @@ def _cell(found: re.Match, root: Path) -> str:
         (number,) = table[column]
         return f"<!-- = {found[1]} -->{float(number):{form}}<!-- /= -->"
     except (KeyError, ValueError):
-        raise InputError(f"README's marker {found[1]!r} does not name one number of {root / name}") from None
+        raise InputError(f"the marker {found[1]!r} does not name one number of {root / name}") from None

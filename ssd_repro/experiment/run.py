@@ -87,7 +87,7 @@ def _plan(voice, systems: list[System], utterances, known: dict, repeats: int, m
     context = {
         **row_context(voice.device),
         "precision": voice.precision,
-        "compile": voice.compile,
+        "runtime": voice.runtime,
         "front_end": voice.front_end,
         "weights": voice.weights_id,
         "sampler": asdict(voice.sampler),

@@ -90,7 +90,7 @@ class Study:
 def begin(notebook: str, parameters: dict) -> Study:
     """Load the voice that a result notebook's parameters name, and say what it decodes. Raises InputError."""
     p = parameters
-    names = ("device", "precision", "compile", "draft", "data", "front_end")
+    names = ("device", "precision", "runtime", "draft", "data", "front_end")
     voice = load.load(p["weights"] or None, **{name: p[name] for name in names})
     if "text" in p:
         utterances = [Utterance("listen", p["text"], p["voice"] or voice.names[0], p["seed"])]

@@ -33,19 +33,19 @@ def score(
     keys = []
     with locked_rows(folder, name) as path:
         known = rows_of_folder(folder)
-        for one in progress(utterances):
+        for utterance in progress(utterances):
             for system, own in systems.items():
-                settings = {**asdict(one), "system": system, **own, **shared}
+                settings = {**asdict(utterance), "system": system, **own, **shared}
                 keys.append(key(settings))
                 if keys[-1] not in known:
-                    row = {"key": keys[-1], **settings, **_scores(voice, render, one, system, whisper)}
+                    row = {"key": keys[-1], **settings, **_scores(voice, render, utterance, system, whisper)}
                     append_row(path, row)
                     known[row["key"]] = row
     return pd.DataFrame([known[k] for k in keys])
 
 
-def _scores(voice, render: Render, one: Utterance, system: str, whisper: str) -> dict:
-    audio, stopped, length_ratio = render(one, system)
+def _scores(voice, render: Render, utterance: Utterance, system: str, whisper: str) -> dict:
+    audio, stopped, length_ratio = render(utterance, system)
 
     def similarity(name: str) -> float:
         found = metrics.speaker_similarity(audio, voice.reference(name), voice.sample_rate)
@@ -54,8 +54,8 @@ def _scores(voice, render: Render, one: Utterance, system: str, whisper: str) ->
     return {
         "stopped": stopped,
         "length_ratio": length_ratio,
-        "own_voice": max(voice.names, key=similarity) == one.voice,
-        **metrics.measure(audio, voice.sample_rate, one.text, voice.reference(one.voice), whisper),
+        "own_voice": max(voice.names, key=similarity) == utterance.voice,
+        **metrics.measure(audio, voice.sample_rate, utterance.text, voice.reference(utterance.voice), whisper),
     }
 
 

@@ -46,14 +46,6 @@ class Layout:
         """Every id that is no speech ends the sequence (upstream: stop_token_ids)."""
         return tuple(range(SPEECH_TOKENS, self.vocab))
 
-    @property
-    def banned_ids(self) -> tuple[int, ...]:
-        """What upstream's ignore_eos masks before the minimum length: this one id, in both versions.
-
-        The other stop tokens stay possible then: in version 3 even the end of speech, 6562.
-        """
-        return (SPEECH_TOKENS,)
-
     def config(self, text_tokens: int, **fields) -> DecodeConfig:
         """Upstream's lengths and stop tokens for a text of ``text_tokens`` tokens (prompt text not counted).
 
@@ -62,7 +54,8 @@ class Layout:
         """
         check_number("text_tokens", text_tokens, 1, 50_000, whole=True)
         lengths = {"min_tokens": 2 * text_tokens, "max_tokens": 20 * text_tokens}
-        ids = {"stop_ids": self.stop_ids, "banned_ids": self.banned_ids}
+        # ignore_eos masks 6561 alone, so others may come at once: in version 3 even the end of speech, 6562.
+        ids = {"stop_ids": self.stop_ids, "banned_ids": (SPEECH_TOKENS,)}
         return DecodeConfig(**(lengths | ids | fields))
 
 
@@ -260,13 +253,7 @@ def _read_config(path: Path) -> Qwen2Config:
 
 
 def _assemble(
-    config: Qwen2Config,
-    layout: Layout,
-    bias: bool,
-    state: dict[str, Tensor],
-    path: Path,
-    names: dict,
-    dtype: torch.dtype,
+    config: Qwen2Config, layout: Layout, bias: bool, state: dict, path: Path, names: dict, dtype: torch.dtype
 ) -> CosyVoiceLM:
     """Weights in our names -> the model; InputError with the file's ``names`` if they do not fit."""
     with torch.device("meta"):

@@ -29,7 +29,7 @@ def draft_layers(
 
     24 layers -> 2 + 6, as the paper's; of shallower targets all but one are bottom layers, 12 ->
     3 + 1: top layers expect to be told the place in the text, and two small layers do not find
-    it (README, "Deviations"). ``depth`` asks for so many layers in all, ``bottom`` and ``top``
+    it (results/README.md). ``depth`` asks for so many layers in all, ``bottom`` and ``top``
     for exact numbers. InputError if they do not fit.
     """
     third = max(2, layers // 3) if depth is None else depth

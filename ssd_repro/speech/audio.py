@@ -17,6 +17,8 @@ def read_audio(path: Path, rate: int) -> np.ndarray:
 
 def resample(audio: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     """float32 (samples,) at ``rate`` -> at ``wanted``."""
+    if rate == wanted:
+        return audio
     import soxr
 
-    return soxr.resample(np.asarray(audio, np.float32), rate, wanted) if rate != wanted else audio
+    return soxr.resample(np.asarray(audio, np.float32), rate, wanted)

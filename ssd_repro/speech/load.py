@@ -13,8 +13,8 @@ from ..errors import InputError, check_number
 from ..files import sha256
 from ..models import checkpoints
 from ..models.cosyvoice import TEXT_MODEL, load_cosyvoice
-from ..models.runtimes.graphs import StaticLM
-from ..models.speech_lm import PRECISIONS, SpeechLM, choose_device
+from ..models.runtimes import choose_runtime, with_runtime
+from ..models.speech_lm import SpeechLM, choose_device
 from . import libritts
 from .bundled import Bundled
 from .voice import Front, Voice
@@ -31,7 +31,7 @@ def load(
     path: str | Path | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    compile: bool = False,
+    runtime: str = "auto",
     max_length: int | None = None,
     draft: str = "",
     data: str = "",
@@ -41,10 +41,10 @@ def load(
     """Load a voice folder (the bundled one by default), or a CosyVoice 2 or 3. Raises InputError.
 
     device      auto, cpu or cuda
-    precision   of target and draft: fp32 or bf16; the codec stays fp32
-    compile     decode in static caches with compiled forwards, CUDA graphs on CUDA; the first
-                sentences then wait for the compiler (``models.runtimes.graphs.StaticLM``)
-    max_length  positions of such a cache, prompt and speech tokens of a piece; None: 1024, of a
+    precision   of target and draft: fp32 or bf16, with the openvino runtime int8 (weights), too; the
+                codec stays fp32
+    runtime     what runs target and draft: auto, eager, graphs or openvino (``models.runtimes``)
+    max_length  positions of a static cache (graphs), prompt and speech tokens of a piece; None: 1024, of a
                 CosyVoice 2048 (20 times the 80 text tokens of upstream's pieces, prompt, texts)
     threads     of torch, in the whole process. None: on a CPU one for a target below SMALL_MODEL,
                 else torch's own choice, as where the environment sets OMP_NUM_THREADS
@@ -52,13 +52,13 @@ def load(
     Of a CosyVoice alone: draft, the folder that ``ssd-repro train-draft`` wrote; data, a LibriTTS folder
     or the hub name of one; front_end, upstream (its package) or tokens (no sound).
     """
-    for name, value, known in (("precision", precision, PRECISIONS), ("front_end", front_end, FRONT_ENDS)):
-        if value not in known:
-            raise InputError(f"{name} {value!r} is unknown: choose {' or '.join(known)}")
+    if front_end not in FRONT_ENDS:
+        raise InputError(f"front_end {front_end!r} is unknown: choose {' or '.join(FRONT_ENDS)}")
     for name, value, most in (("max_length", max_length, 1_000_000), ("threads", threads, 1024)):
         if value is not None:
             check_number(name, value, 1, most, whole=True)
     device = choose_device(device)
+    runtime = choose_runtime(runtime, device, precision)
     if device == "cuda":  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     folder = Path(path) if path else checkpoints.BUNDLED
@@ -72,10 +72,10 @@ def load(
         codec, target, small, about = checkpoints.load_voice(folder)
         front = Bundled(codec.to(device).requires_grad_(False), about, folder, device)
         weights_id = _identity(sorted(about["sha256"].values()))
-    lms = tuple(lm.to(device).cast(precision).requires_grad_(False) for lm in (target, small))
-    models = tuple(StaticLM(lm, max_length or 1024, compile=True) for lm in lms) if compile else lms
+    lms = tuple(lm.to(device).requires_grad_(False) for lm in (target, small))
     threads = _set_threads(threads, target, device)
-    return Voice(front, *lms, weights_id, device, models, precision, compile, threads)
+    models = tuple(with_runtime(lm, runtime, precision, threads, max_length or 1024) for lm in lms)
+    return Voice(front, *lms, weights_id, device, models, precision, runtime, threads)
 
 
 def _cosyvoice(

@@ -68,12 +68,12 @@ class Voice:
         device: str,
         models: tuple[LanguageModel, LanguageModel] | None = None,
         precision: str = "fp32",
-        compile: bool = False,
+        runtime: str = "eager",
         threads: int = 1,
     ) -> None:
         self.front, self.target, self.draft, self.models = front, target, draft, models or (target, draft)
         self.device, self.weights_id = torch.device(device), weights_id
-        self.precision, self.compile, self.threads = precision, compile, threads
+        self.precision, self.runtime, self.threads = precision, runtime, threads
         self.front_end, self.names, self.sampler = front.name, front.names, front.sampler
         self.audible, self.sample_rate, self.gap_seconds = front.audible, front.sample_rate, front.gap_seconds
         self.vocode, self.reference, self.utterances = front.vocode, front.reference, front.utterances

@@ -240,15 +240,15 @@ def calibrate(codec: Codec, items: list[Features], audio: Callable[[str], np.nda
     codec.scale.fill_(1.0)
     codec.shift.fill_(0.0)
     for place, voice in enumerate(VOICES):
-        mine = [f for f in items if f.voice == voice][:most]
-        if not mine:
+        of_voice = [f for f in items if f.voice == voice][:most]
+        if not of_voice:
             continue
-        codes = [codes_of(codec, f) for f in mine]
-        mean, spread = moments([f.world for f in mine])
+        codes = [codes_of(codec, f) for f in of_voice]
+        mean, spread = moments([f.world for f in of_voice])
         made_mean, made_spread = moments([codec.features(c, place) for c in codes])
         codec.scale[place] = spread / made_spread
         codec.shift[place] = mean - codec.scale[place] * made_mean
-        wanted = wide.long_term_spectrum([audio(f.id) for f in mine])
+        wanted = wide.long_term_spectrum([audio(f.id) for f in of_voice])
         found = wide.long_term_spectrum([codec.decode(c, place) for c in codes])
         codec.shift[place] += wide.code_gain(wanted / found)
 

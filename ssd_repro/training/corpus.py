@@ -119,9 +119,9 @@ def load_teacher(model: Path, voices: Path):
     return kokoro_onnx.Kokoro.from_session(session, str(voices))
 
 
-def teach(teacher, one: Utterance) -> np.ndarray:
+def teach(teacher, utterance: Utterance) -> np.ndarray:
     """Teacher speech of one utterance: int16 (samples,) at 24 kHz."""
-    audio, rate = teacher.create(one.text, voice=one.voice, speed=1.0, lang=language(one.voice))
+    audio, rate = teacher.create(utterance.text, voice=utterance.voice, speed=1.0, lang=language(utterance.voice))
     assert rate == SAMPLE_RATE, rate
     return to_int16(audio)
 
@@ -138,10 +138,10 @@ def build(teacher, utterances: Iterable[Utterance], out: Path, progress: Callabl
     done = {row["id"] for row in read_metadata(index)}
     with index.open("a", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, **FORMAT)
-        for one in progress([one for one in utterances if one.text_id not in done]):
-            pcm = teach(teacher, one)
-            with replacing(out / f"{one.text_id}.flac") as part:
+        for utterance in progress([utterance for utterance in utterances if utterance.text_id not in done]):
+            pcm = teach(teacher, utterance)
+            with replacing(out / f"{utterance.text_id}.flac") as part:
                 soundfile.write(part, pcm, SAMPLE_RATE, format="FLAC")
-            writer.writerow((one.text_id, one.voice, one.text, len(pcm), digest(pcm)))
+            writer.writerow((utterance.text_id, utterance.voice, utterance.text, len(pcm), digest(pcm)))
             handle.flush()
     return Corpus.read(out)

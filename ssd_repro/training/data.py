@@ -95,8 +95,8 @@ def renderings(row: dict, prompts: dict[str, dict] | None) -> list[Example]:
         raise ValueError(f"voice {row['voice']!r} is none of {', '.join(VOICES)}")
     shown = prompts.get(row["voice"], {"phones": [], "codes": []})
     before, text = prompt_and_text(row["phones"], row["voice"], shown["phones"])
-    common = {"text": _ids("phones", text), "prompt_text": _ids("phones", before), "voice": row["voice"],
-              "prompt_speech": _ids("codes", shown["codes"])}  # fmt: skip
+    common = {"text": _ids("phones", text), "voice": row["voice"]}
+    common |= {"prompt_text": _ids("phones", before), "prompt_speech": _ids("codes", shown["codes"])}
     found = []
     for i, (codes, aligned) in enumerate(zip_longest(row["codes"], row["aligned"])):
         pairs = None if aligned is None else np.array(aligned, np.int32).reshape(len(codes), 2)
@@ -104,29 +104,29 @@ def renderings(row: dict, prompts: dict[str, dict] | None) -> list[Example]:
     return found
 
 
-def read_data(path: Path, words: int, codes: int, prompts: dict[str, dict] | None = None, needed=()) -> list[list]:
+def read_data(path: Path, text_vocab: int, codes: int, prompts: dict[str, dict] | None = None, needed=()) -> list[list]:
     """Every row of a data folder (or of one file) as its ``renderings``, in the order of file names and lines.
 
-    words, codes: how many ids text and speech have; needed: ids that every text must hold. InputError names
+    text_vocab, codes: how many ids text and speech have; needed: ids that every text must hold. InputError names
     the file, the line and what is wrong with it. 600 hours take about half a gigabyte, in each process.
     """
     path, seen, found = Path(path), {}, []
     files = sorted((*path.glob("*.jsonl"), *path.glob("*.jsonl.gz"))) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise InputError(f"--data {path} has no *.jsonl or *.jsonl.gz file: see README, 'On your GPU'")
+        raise InputError(f"--data {path} has no *.jsonl or *.jsonl.gz file: see notebooks/README.md")
     for file in files:
         for number, line in _lines(file):
             try:
                 group = renderings(json.loads(line), prompts)
-                for one in group:
-                    _check(one, words, codes, needed)
+                for example in group:
+                    _check(example, text_vocab, codes, needed)
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
                 raise InputError(f"{file}, line {number} is not a row of speech: {what}") from None
-            for one in group:
-                if one.id in seen:
-                    raise InputError(f"{file}, line {number}: id {one.id!r} was already in {seen[one.id]}")
-                seen[one.id] = file.name
+            for example in group:
+                if example.id in seen:
+                    raise InputError(f"{file}, line {number}: id {example.id!r} was already in {seen[example.id]}")
+                seen[example.id] = file.name
             found.append(group)
     if not found:
         raise InputError(f"--data {path} has no rows")
@@ -142,14 +142,19 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{file} cannot be read to its end: {error}") from None
 
 
-def _check(one: Example, words: int, codes: int, needed: Iterable[int]) -> None:
-    limits = {"text_ids": words, "prompt_text": words, "prompt_speech": codes, "speech": codes}
-    for ids, (name, end) in zip(one.parts, limits.items(), strict=True):
+def _check(example: Example, text_vocab: int, codes: int, needed: Iterable[int]) -> None:
+    limits = {"text_ids": text_vocab, "prompt_text": text_vocab, "prompt_speech": codes, "speech": codes}
+    for ids, (name, end) in zip(example.parts, limits.items(), strict=True):
         if len(ids) and ids.max() >= end:
             raise ValueError(f"{name} has {ids.max()}; this target's ids end at {end - 1}")
-    for token in set(needed).difference(one.text, one.prompt_text):
+    for token in set(needed).difference(example.text, example.prompt_text):
         raise ValueError(f"neither text_ids nor prompt_text holds {token}, which this target needs")
-    if not isinstance(one.id, str) or not isinstance(one.stopped, bool) or not len(one.text) or not len(one.speech):
+    if (
+        not isinstance(example.id, str)
+        or not isinstance(example.stopped, bool)
+        or not len(example.text)
+        or not len(example.speech)
+    ):
         raise ValueError("it needs an id (a string), text_ids and speech; stopped is true or false")
 
 
@@ -168,7 +173,7 @@ def hold_out(groups: list[list], count: int, longest: int, seed: int | None = No
 
 
 def flat(groups: list[list]) -> list[Example]:
-    return [one for group in groups for one in group]
+    return [example for group in groups for example in group]
 
 
 @dataclass(frozen=True)
@@ -196,21 +201,21 @@ def collate(
     noise: speech tokens -> what ``lm`` sees in their place; the labels stay as they are.
     """
     device, rows = lm.head.weight.device, []
-    for one in examples:
-        text, prompt_text, prompt_speech, said = (torch.from_numpy(part).long().to(device) for part in one.parts)
+    for example in examples:
+        text, prompt_text, prompt_speech, said = (torch.from_numpy(part).long().to(device) for part in example.parts)
         shown = torch.cat((prompt_speech, said))
         embedded = lm.prefix(text, prompt_text, shown if noise is None else noise(shown))[
             0
         ]  # speech goes on like a prompt
-        due = torch.cat((said, said.new_tensor([stop] * one.stopped)))
+        due = torch.cat((said, said.new_tensor([stop] * example.stopped)))
         kept = torch.ones_like(due, dtype=torch.bool)
-        kept[list(one.cuts)] = False
+        kept[list(example.cuts)] = False
         begin = len(embedded) - len(said) - 1  # the last place before the speech predicts its first token
         at = F.pad(kept, (begin, len(embedded) - begin - len(due)))
         history = F.pad(said, (window, 0), value=-1).unfold(0, window, 1)[: len(due)][kept]
-        pairs = torch.zeros(0, 2) if one.aligned is None else torch.from_numpy(one.aligned)
+        pairs = torch.zeros(0, 2) if example.aligned is None else torch.from_numpy(example.aligned)
         phones = F.pad(pairs.long().to(device), (0, 0, 0, 1), value=-1)[: len(due)]
-        rows.append((embedded, at, due[kept], history, phones[kept] if one.aligned is not None else None))
+        rows.append((embedded, at, due[kept], history, phones[kept] if example.aligned is not None else None))
     embedded, at, labels, history, phones = zip(*rows, strict=True)
     whole = None if any(pairs is None for pairs in phones) else torch.cat(phones)
     padded = (pad_sequence(part, batch_first=True) for part in (embedded, at))

@@ -86,7 +86,9 @@ def sample(
         "precision": settings.precision,
         "target": checkpoints.weights_sha256(target.lm),
         "decoding": asdict(target.config(100)),  # its lengths for 100 text tokens
-        "data": data_sha256([replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]),
+        "data": data_sha256(
+            [replace(example, speech=example.speech[:0], stopped=True, aligned=None) for example in examples]
+        ),
     }
     path = folder / "about.json"
     if accelerator.is_main_process and not path.exists():
@@ -96,9 +98,9 @@ def sample(
     # In deployment's precision, in a copy; embeddings of the prompt come from it too.
     lm = copy.deepcopy(target.lm).to(accelerator.device).eval().cast(settings.precision)
     asked = replace(target, lm=lm)
-    share_rows(folder, examples, lambda one: sample_one(asked, one, settings.seed).row(), accelerator, log)
+    share_rows(folder, examples, lambda example: sample_one(asked, example, settings.seed).row(), accelerator, log)
     made = agree(accelerator, lambda: {row["id"]: Example.from_row(row) for row in rows_of(folder)})
-    return [made[one.id] for one in examples if len(made[one.id].speech)]
+    return [made[example.id] for example in examples if len(made[example.id].speech)]
 
 
 def _check_samples(path: Path, ours: dict) -> None:
@@ -113,11 +115,11 @@ def _check_samples(path: Path, ours: dict) -> None:
 
 
 @torch.inference_mode()
-def sample_one(target: Target, one: Example, seed: int) -> Example:
-    """``one`` with the target's own speech, sampled as deployed; its generator is seeded by (seed, id)."""
+def sample_one(target: Target, example: Example, seed: int) -> Example:
+    """``example`` with the target's own speech, sampled as deployed; its generator is seeded by (seed, id)."""
     device = target.lm.head.weight.device
-    prefix = target.lm.prefix(*(torch.from_numpy(part).long().to(device) for part in one.parts[:3]))
-    own = int.from_bytes(hashlib.sha256(f"{seed}/{one.id}".encode()).digest()[:7], "big")
+    prefix = target.lm.prefix(*(torch.from_numpy(part).long().to(device) for part in example.parts[:3]))
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{example.id}".encode()).digest()[:7], "big")
     generator = torch.Generator(device).manual_seed(own)
-    result = autoregressive(target.lm, prefix, target.config(len(one.text)), generator)
-    return Example.from_row(one.row() | {"speech": list(result.tokens), "stopped": result.stopped})
+    result = autoregressive(target.lm, prefix, target.config(len(example.text)), generator)
+    return Example.from_row(example.row() | {"speech": list(result.tokens), "stopped": result.stopped})

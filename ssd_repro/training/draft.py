@@ -176,5 +176,5 @@ def train(
         if recipe == "on-policy":
             asked = [group[0] for group in held + rest[:samples]]  # renderings of a text have the same text
             spoken, ids = sample(target, asked, settings, Path(out) / "samples", accelerator, log), {o.id for o in dev}
-            learned, dev = ([one for one in spoken if (one.id in ids) == kept] for kept in (False, True))
+            learned, dev = ([example for example in spoken if (example.id in ids) == kept] for kept in (False, True))
         return train_draft(target, learned, dev, settings, out, recipe, loss, accelerator, log)

@@ -303,9 +303,9 @@ class _Run:
         self.task.eval()
         drawn = self.task.draw(self.dev, random.Random(0))
         size = max(1, self.settings.batch // (world * self.settings.accumulate))
-        sums, weight, mine = {}, 0, drawn[rank::world]
-        for start in range(0, max(1, len(mine)), size):
-            part = mine[start : start + size]
+        sums, weight, share = {}, 0, drawn[rank::world]
+        for start in range(0, max(1, len(share)), size):
+            part = share[start : start + size]
             own = sum(map(self.task.labels, part))
             self._add(sums, self.task(part or drawn[:1]), own)  # too few for this process: it must still join in
             weight += own

@@ -66,11 +66,11 @@ def share_rows(folder: Path, items: list, make: Callable[..., dict | None], acce
     agree(accelerator, lambda: accelerator.is_main_process and repair())
     done = agree(accelerator, lambda: {row["id"] for row in rows_of(folder)})  # nobody writes before all have read
     rank, world, began = accelerator.process_index, accelerator.num_processes, time.perf_counter()
-    mine = [one for one in items if one.id not in done][rank::world]
-    for i, one in enumerate(mine, 1):
-        row = make(one)
+    share = [item for item in items if item.id not in done][rank::world]
+    for i, item in enumerate(share, 1):
+        row = make(item)
         if row:
             append_row(folder / f"{rank:05d}.jsonl", row)
-        if accelerator.is_main_process and (i % 100 == 0 or i == len(mine)):
-            log(f"{i} of {len(mine)} utterances of this process, {(time.perf_counter() - began) / i:.2f} s each")
+        if accelerator.is_main_process and (i % 100 == 0 or i == len(share)):
+            log(f"{i} of {len(share)} utterances of this process, {(time.perf_counter() - began) / i:.2f} s each")
     accelerator.wait_for_everyone()

@@ -88,7 +88,7 @@ class TargetTask(Task):
         self.options, self.stop = options, codec.config.codebook_size
         self.to_digits, self.to_code = codec.to_digits, codec.to_code
         self.pieces, self.prompts = by_voice(pieces), by_voice(pieces, PROMPT_TOKENS)
-        self.words = {one.id: find_words(one) for one in pieces} if options.splice else {}
+        self.words = {example.id: find_words(example) for example in pieces} if options.splice else {}
         self.lm = options.untrained(codec)
         self.lm.model.set_attn_implementation("eager")  # on a CPU SDPA's backward takes twice its time
         for module, scale in ((self.lm.speech_embedding, 0.3), (self.lm.head, 0.05)):
@@ -131,11 +131,11 @@ class TargetTask(Task):
     def draw(self, items: list[Example], rng: random.Random) -> list[Example]:
         """Splice some, put some behind a prompt; held-out speech's prompt is no label, it may be known by heart."""
         drawn = []
-        for one in items:
+        for example in items:
             if self.training and rng.random() < self.options.splice:
-                one = splice(one, rng.choice(self.pieces[one.voice]), self.words, rng)
+                example = splice(example, rng.choice(self.pieces[example.voice]), self.words, rng)
             prompted = rng.random() < self.options.prompted
-            drawn.append(behind(self.prompts, one, rng, self.training) if prompted else one)
+            drawn.append(behind(self.prompts, example, rng, self.training) if prompted else example)
         return drawn
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ def held_out_loss(lm: SpeechLM, dev: list[Example], pieces: list[Example]) -> fl
     """Cross-entropy of ``dev``'s tokens, each example behind a short one of ``pieces`` of its voice, in fp32."""
     rng, prompts, total, count = random.Random(0), by_voice(pieces, PROMPT_TOKENS), 0.0, 0
     for start in range(0, len(dev), 8):
-        examples = [behind(prompts, one, rng, learned=False) for one in dev[start : start + 8]]
+        examples = [behind(prompts, example, rng, learned=False) for example in dev[start : start + 8]]
         batch = collate(lm, examples, lm.speech_embedding.num_embeddings - STOP_TOKENS)
         total += float(F.cross_entropy(lm(batch.embedded, batch.at), batch.labels, reduction="sum"))
         count += len(batch.labels)

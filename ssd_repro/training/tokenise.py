@@ -25,10 +25,10 @@ def tokenise(weights: Path, data: str, out: Path, accelerator=None, log=print) -
     front, known = Tokens(Path(weights), version), list(libritts.index(data).values())
     system = front.words(SYSTEM_TEXT[version])["input_ids"] if SYSTEM_TEXT[version] else []
 
-    def row(one: libritts.Spoken) -> dict | None:
-        if libritts.seconds(one.audio) > LONGEST:
+    def row(spoken: libritts.Spoken) -> dict | None:
+        if libritts.seconds(spoken.audio) > LONGEST:
             return None
-        found = {"id": one.id, "text_ids": front.pieces(one.text)[0], "speech": front.speech_tokens(one.audio)}
+        found = {"id": spoken.id, "text_ids": front.pieces(spoken.text)[0], "speech": front.speech_tokens(spoken.audio)}
         return found | ({"prompt_text": system} if system else {})
 
     with locked(Path(out) / ".run.lock") if accelerator.is_main_process else nullcontext():

@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import process_tasks
 import pytest
+from conftest import ROOT
 
 from ssd_repro import cli, files, processes
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import run, studies, tables
+from ssd_repro.experiment import report, run, studies, tables
 from ssd_repro.speech import sentences
 
 SMALL = ["run", "--out", "out", "-p", "repeats", "1"]
@@ -31,8 +33,8 @@ def start(environment, folder, *arguments):
     )
 
 
-def wait_for_rows(going, folder, pattern, more_than=0):
-    while not any(path.stat().st_size > more_than for path in (folder / "out" / "rows").glob(pattern)):
+def wait_for_rows(going, folder, pattern):
+    while not any(path.stat().st_size for path in (folder / "out" / "rows").glob(pattern)):
         assert going.poll() is None, going.stderr.read()
         time.sleep(0.02)
 
@@ -58,19 +60,35 @@ def test_an_interrupted_run_is_one_sentence_and_goes_on(fake_environment, tmp_pa
         pass
 
 
-def test_processes_end_with_the_command_and_the_next_run_makes_the_rows_of_one(fake_environment, tmp_path):
-    """Ctrl-C, then kill -9 of the command: its processes go too, the locks are free, and the next run goes on."""
-    parallel = ["-p", "sentences", "40", "--processes", "2"]
-    going = start(fake_environment, tmp_path, *parallel)
-    wait_for_rows(going, tmp_path, "*.rank1.jsonl")
+def test_interrupted_processes_are_one_sentence(tmp_path):
+    code = (
+        "import sys, process_tasks; from ssd_repro import cli; from ssd_repro.experiment import studies\n"
+        "cli._make_rows = process_tasks.hang\n"
+        "sys.exit(cli.main(['run', '--only', '03', '--processes', '2', '--out', 'out']))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    going = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not all((tmp_path / "out" / rank).exists() for rank in "01"):
+        assert going.poll() is None, going.stderr.read()
+        time.sleep(0.02)
     os.killpg(going.pid, signal.SIGINT)
     _, error = going.communicate()
     assert going.returncode == 130
     assert what_was_said(error) == ["ssd-repro: interrupted; the same command goes on where it was"]
 
-    part = tmp_path / "out" / "rows" / "draft_length.rank1.jsonl"
+
+def test_processes_end_with_their_parent_and_the_next_run_makes_the_rows_of_one(fake_environment, tmp_path):
+    """kill -9 of the command: its processes go too, the locks are free, and the next run goes on."""
+    parallel = ["-p", "sentences", "24", "--processes", "2"]
     going = start(fake_environment, tmp_path, *parallel)
-    wait_for_rows(going, tmp_path, part.name, part.stat().st_size)
+    wait_for_rows(going, tmp_path, "*.rank1.jsonl")
     going.kill()
     going.wait()
     locks = [
@@ -91,14 +109,14 @@ def test_processes_end_with_the_command_and_the_next_run_makes_the_rows_of_one(f
     _, error = going.communicate()
     assert going.returncode == 0, error
     rows = rows_of(tmp_path, "draft_length")
-    assert len(rows) == len({row["key"] for row in rows}) == 3 * 40
+    assert len(rows) == len({row["key"] for row in rows}) == 3 * 24
     assert {row["processes"] for row in rows} == {2} and not any(row["scored"] for row in rows)
     assert "in each of 2 processes" in (tmp_path / "out" / "tables" / "figure3.md").read_text()
     assert os.listdir(tmp_path / "out" / "figures") and (tmp_path / "out" / "03_draft_length.ipynb").exists()
 
 
 def test_a_process_that_refuses_says_so_once(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(studies, "make_rows", process_tasks.refuse)
+    monkeypatch.setattr(cli, "_make_rows", process_tasks.refuse)
     out = tmp_path / "out"
     command = ["run", "--only", "03", "--processes", "2", "--out", str(out), "-p", "draft_lengths", "[65]"]
     assert cli.main(command) == 2
@@ -116,7 +134,7 @@ def test_each_process_has_its_rank_its_gpu_and_its_share_of_the_cores(tmp_path, 
 
 
 def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "ssd_repro", *SMALL, "--only", "01", "-p", "sentences", "3"]
     done = subprocess.run(command, cwd=tmp_path, env=fake_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -127,4 +145,4 @@ def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tm
     assert len(rows) == 9 and {row["processes"] for row in rows} == {2}
     systems = studies.table1(0.4, 3)
     alone = run.run(fake, systems, sentences.utterances(3, fake.names), tmp_path / "alone", "table1", repeats=1)
-    pd.testing.assert_frame_equal(tables.table1(alone), tables.table1(tables.rows_of_run(out, "01_table1")[0]))
+    pd.testing.assert_frame_equal(tables.table1(alone), tables.table1(report.rows_of_run(out, "01_table1")[0]))

@@ -14,7 +14,7 @@ from ssd_repro import cli, files
 from ssd_repro.errors import InputError
 from ssd_repro.experiment import figures, interactive, provenance, report, run, systems, theory
 from ssd_repro.experiment.systems import AUTOREGRESSIVE, System
-from ssd_repro.speech import sentences
+from ssd_repro.speech import load, sentences
 
 POINT = {"tolerance": 0.4, "draft_length": 3}
 GRIDS = {
@@ -45,7 +45,7 @@ def test_report_makes_everything_from_rows_alone(fake, tmp_path, monkeypatch):
     readme.write_text(
         "top\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in blocks) + cell.format("old")
     )
-    monkeypatch.setattr(cli, "_speak", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(load, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     command = ["report", "--out", str(folder), "--readme", str(readme)]
     assert cli.main(command) == 0
     assert len(fake.calls) == decodes and (folder / "provenance.json").read_bytes() == before
@@ -103,9 +103,11 @@ def test_numbers_in_sentences(tmp_path):
             report._cell(found, tmp_path)
 
 
-def test_readme_has_the_numbers_of_the_committed_tables():
-    text = (ROOT / "README.md").read_text()
-    assert report.CELL.sub(lambda found: report._cell(found, ROOT), text) == text
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "results" / "README.md"], ids=["README", "results"])
+def test_pages_have_the_numbers_of_the_committed_tables(page):
+    text = page.read_text("utf-8")
+    assert len(report.CELL.findall(text)) > 10
+    assert report.CELL.sub(lambda found: report._cell(found, page.parent), text) == text
 
 
 ELSEWHERE = {"device": "cuda", "chip": "H100 w/ SXM", "precision": "bf16", "whisper": "models/large-v3"}

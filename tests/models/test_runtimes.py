@@ -22,7 +22,7 @@ def test_auto_takes_the_fast_one_of_the_device():
 
 
 def test_without_openvino_auto_says_so_and_is_eager(no_openvino):
-    with pytest.warns(UserWarning, match="eager runtime takes its place"):
+    with pytest.warns(UserWarning, match="eager takes its place"):
         assert runtimes.choose_runtime("auto", "cpu") == "eager"
 
 
@@ -46,5 +46,9 @@ def test_asked_for_and_not_installed(no_openvino):
 def test_each_gives_a_model_with_sessions():
     kinds = {name: type(runtimes.with_runtime(tiny_lm(2), name, "fp32", 1, 64)) for name in runtimes.RUNTIMES[1:]}
     assert kinds == {"eager": type(tiny_lm(1)), "graphs": StaticLM, "openvino": OpenVINOLM}
-    with pytest.raises(InputError, match="precision 'fp8'"):
-        runtimes.with_runtime(tiny_lm(1), "eager", "fp8", 1, 64)
+
+
+@pytest.mark.parametrize("runtime, precision", [("eager", "int8"), ("graphs", "fp8"), ("openvino", "fp16")])
+def test_a_precision_that_the_runtime_has_not(runtime, precision):
+    with pytest.raises(InputError, match=f"precision '{precision}' is unknown to the runtime {runtime}: choose"):
+        runtimes.choose_runtime(runtime, "cpu", precision)

@@ -16,14 +16,15 @@ CASES = json.loads(Path(__file__).with_name("golden_tokens.json").read_text("utf
 
 
 @pytest.fixture(scope="module")
-def voice():
-    return ssd_repro.load(device="cpu")
+def voices():
+    return {runtime: ssd_repro.load(device="cpu", threads=1, runtime=runtime) for runtime in ("eager", "openvino")}
 
 
+@pytest.mark.parametrize("runtime", ["eager", "openvino"])
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: f"{case['voice']}-{'-'.join(map(str, case['system'].values()))}"
 )
-def test_token_ids(case, voice):
-    take = voice.speak(case["text"], voice=case["voice"], seed=case["seed"], **case["system"])
+def test_token_ids(case, runtime, voices):
+    take = voices[runtime].speak(case["text"], voice=case["voice"], seed=case["seed"], **case["system"])
     rounds = [[r.drafted, r.accepted] for sentence in take.sentences for r in sentence.rounds if r.drafted]
     assert list(take.token_ids) == case["token_ids"] and rounds == case["rounds"]

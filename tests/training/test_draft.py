@@ -429,7 +429,9 @@ def test_a_shard_that_was_cut(world, tmp_path):
 )
 def test_bad_input_is_one_sentence_of_the_first_process(world, tmp_path, capsys, monkeypatch, more, sentence):
     arguments = command(world, tmp_path / "out", **({"steps": 2} | more))[2:]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")  # as torchrun does
     for rank in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launched")
         monkeypatch.setenv("RANK", rank)
         try:
             code = cli.main(arguments)

@@ -14,18 +14,18 @@ from importlib.util import find_spec
 
 from ...decoding.drafters import LanguageModel
 from ...errors import InputError
-from ..speech_lm import SpeechLM
+from ..speech_lm import PRECISIONS, SpeechLM
+from . import openvino
 from .graphs import StaticLM
-from .openvino import OpenVINOLM
 
 RUNTIMES = ("auto", "eager", "graphs", "openvino")
 
 
-def choose_runtime(runtime: str, device: str) -> str:
+def choose_runtime(runtime: str, device: str, precision: str = "fp32") -> str:
     """eager, graphs or openvino for one of RUNTIMES; auto: openvino on a CPU, eager on a GPU.
 
-    InputError for another name, for openvino on a GPU, and where it is asked for and not installed. Where
-    auto does not find it, a warning says so and eager takes its place.
+    InputError for another name or precision, for openvino on a GPU, and where it is asked for and not
+    installed. Where auto does not find it, a warning says so and eager takes its place.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime {runtime!r} is unknown: choose {', '.join(RUNTIMES)}")
@@ -34,11 +34,14 @@ def choose_runtime(runtime: str, device: str) -> str:
         raise InputError(f"runtime openvino is for CPUs and the device is {device}: choose graphs or eager")
     if runtime == "openvino" and not installed:
         raise InputError("runtime openvino needs the package openvino (pip install openvino), or choose eager")
-    if runtime != "auto":
-        return runtime
-    if on_cpu and not installed:
-        warnings.warn("openvino is not installed: the eager runtime takes its place, at half its speed", stacklevel=3)
-    return "openvino" if on_cpu and installed else "eager"
+    if runtime == "auto":
+        if on_cpu and not installed:
+            warnings.warn("openvino is not installed: eager takes its place, at half the speed", stacklevel=3)
+        runtime = "openvino" if on_cpu and installed else "eager"
+    known = openvino.PRECISIONS if runtime == "openvino" else PRECISIONS
+    if precision not in known:
+        raise InputError(f"precision {precision!r} is unknown to the runtime {runtime}: choose {' or '.join(known)}")
+    return runtime
 
 
 def with_runtime(lm: SpeechLM, runtime: str, precision: str, threads: int, max_length: int) -> LanguageModel:
@@ -49,6 +52,6 @@ def with_runtime(lm: SpeechLM, runtime: str, precision: str, threads: int, max_l
     max_length positions of a static cache (graphs)
     """
     if runtime == "openvino":
-        return OpenVINOLM(lm, threads, precision)
+        return openvino.OpenVINOLM(lm, threads, precision)
     lm.cast(precision)
     return StaticLM(lm, max_length, compile=True) if runtime == "graphs" else lm

@@ -100,6 +100,17 @@ def test_a_finished_run_is_given_back(whole):
     assert codec(whole[0] / "codec")[1] == whole[2]
 
 
+def test_accumulation_changes_nothing(tmp_path):
+    """What chance makes of a batch is drawn before the batch is cut into parts."""
+    options = replace(OPTIONS, dropout=0.0, flip=0.0)
+    logs = [target(tmp_path / str(parts), replace(SETTINGS, accumulate=parts, precision="fp32"), options)[1]
+            for parts in (1, 3)]  # fmt: skip
+    for one, other in zip(*logs, strict=True):
+        assert one["labels"] == other["labels"]
+        for name in ("speech", "draft", "dev_speech"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("bad", "sentence"),
     [
