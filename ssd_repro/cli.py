@@ -13,7 +13,6 @@ import sys
 import tempfile
 import warnings
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
 from .errors import InputError
@@ -89,9 +88,7 @@ def parser() -> Parser:
     )
     report.set_defaults(function=run_report)
 
-    tokens = commands.add_parser(
-        "tokenise", help="LibriTTS as the rows that train-draft learns from; alone or launched"
-    )
+    tokens = commands.add_parser("tokenise", help="LibriTTS as rows for train-draft to learn from; alone or launched")
     tokens.add("--target", REQUIRED, "a released CosyVoice 2 or 3", Path)
     tokens.add("--data", REQUIRED, "LibriTTS, one subset or all of them", Path)
     tokens.add("--out", REQUIRED, "folder for 00000.jsonl, ...; the same command goes on where a killed one was", Path)
@@ -121,7 +118,6 @@ def parser() -> Parser:
 
 
 def _help_of_run(run: Parser) -> str:
-    """Its help with the notebooks and the profiles, each by its first line."""
     from .experiment import notebooks
 
     listed = [*notebooks.all_notebooks(), *notebooks.all_profiles()]
@@ -165,10 +161,10 @@ def run_speak(options) -> int:
     check_text(options.text)
     if options.out:
         check_output(options.out)
-    machine = ("device", "runtime", "precision", "threads")
+    machine = {name: getattr(options, name) for name in ("device", "runtime", "precision", "threads")}
     settings = {name: getattr(options, name) for name in ("method", "voice", "tolerance", "draft_length", "seed")}
     with redirect_stdout(sys.stderr):  # whatever a library prints
-        voice = load(options.weights, **{name: getattr(options, name) for name in machine})
+        voice = load(options.weights, **machine)
         take = voice.speak(options.text, **settings)
         written = options.out and str(take.save(options.out))
     print(json.dumps({**take.summary(), "out": written}) if options.json else _described(take, written))
@@ -176,17 +172,14 @@ def run_speak(options) -> int:
 
 
 def _described(take, written: str | None) -> str:
-    """A take in a few lines for a person."""
     rates = f", LM-RTF {take.lm_rtf:.3f}, RTF {take.rtf:.3f}" if take.token_ids else ": the text came out empty"
-    lines = [
-        f"{take.method}, voice {take.voice}, seed {take.seed}, {take.device}",
-        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio{rates}",
-    ]
-    if take.acceptance_rate is not None:
-        per_call = f"{take.tokens_per_target_call:.2f} tokens per target call"
-        lines.append(f"acceptance rate {take.acceptance_rate:.3f}, {per_call}")
-    lines.append(f"written to {written}" if written else "no sound was written: add --out FILE.wav")
-    return "\n".join(lines)
+    rate, per_call = take.acceptance_rate, take.tokens_per_target_call
+    accepted = "" if rate is None else f"acceptance rate {rate:.3f}, {per_call:.2f} tokens per target call\n"
+    return (
+        f"{take.method}, voice {take.voice}, seed {take.seed}, {take.device}\n"
+        f"{len(take.token_ids)} tokens, {take.audio_seconds:.2f} s of audio{rates}\n{accepted}"
+        + (f"written to {written}" if written else "no sound was written: add --out FILE.wav")
+    )
 
 
 def run_run(options) -> int:
@@ -219,13 +212,16 @@ def run_report(options) -> int:
     return 0
 
 
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_tokenise(options) -> int:
     from .training import tokenise
 
     if not options.data.is_dir():
         raise InputError(f"--data {options.data} is not a folder: give that of LibriTTS")
-    log = partial(print, file=sys.stderr, flush=True)
-    count = tokenise.tokenise(options.target, options.data, options.out, log=log)
+    count = tokenise.tokenise(options.target, options.data, options.out, log=_log)
     if is_first():
         print(f"{options.out}: {count} utterances")
     return 0
@@ -237,12 +233,9 @@ def run_train_draft(options) -> int:
     from .training import draft
     from .training.loop import Settings
 
-    names = [field.name for field in fields(Settings) if field.name != "until"]
-    settings = Settings(**{name: getattr(options, name) for name in names})
+    settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "until"})
     rest = {name: getattr(options, name) for name in ("recipe", "loss", "held_out", "longest", "samples", "device")}
-    draft.train(
-        options.target, options.data, options.out, settings, **rest, log=partial(print, file=sys.stderr, flush=True)
-    )
+    draft.train(options.target, options.data, options.out, settings, **rest, log=_log)
     if is_first():
         print(options.out / "draft.json")
     return 0

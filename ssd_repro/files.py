@@ -22,9 +22,7 @@ def locked(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path).acquire(timeout=0)
     except filelock.Timeout:
-        raise InputError(
-            f"another run is writing into {path.parent}: wait until it ends, or choose another folder"
-        ) from None
+        raise InputError(f"another run is writing into {path.parent}: wait, or choose another folder") from None
     except OSError as error:
         raise InputError(f"cannot write into {path.parent}: {error.strerror}") from error
     with lock:
@@ -32,12 +30,10 @@ def locked(path: Path):
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_bytes`` of UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """``replacing`` with ``content``."""
     with replacing(path) as part:
         part.write_bytes(content)
 
@@ -46,8 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path):
     """Yield a new path beside ``path`` to write to, which takes its place at the end (its name ends in .part).
 
-    A reader sees the old file or the new one, never a half-written one; the mode follows the
-    umask. The folder is made if need be. InputError on a full disk or in a read-only folder.
+    A reader never sees a half-written file. InputError on a full disk or in a read-only folder.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -62,12 +57,8 @@ def replacing(path: Path):
             part.unlink(missing_ok=True)
 
 
-def append_row(path: Path, row: dict) -> None:
-    """Add one line and wait until it is on the disk; on a full disk leave the file as it was."""
-    append_rows(path, [row])
-
-
-def append_rows(path: Path, rows) -> None:
+def append_row(path: Path, *rows: dict) -> None:
+    """Add a line for each and wait until they are on the disk; on a full disk leave the file as it was."""
     lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     left = "".join(lines).encode()
     try:
@@ -87,9 +78,7 @@ def append_rows(path: Path, rows) -> None:
 def drop_half_line(path: Path) -> None:
     """Cut off what a killed run left after the last whole line."""
     if path.exists():
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -141,7 +130,7 @@ def git_state() -> dict:
 
 
 def notebook_source(text: str) -> list:
-    """Kind, source and tags of each cell of a notebook: not its outputs, counts and kernel."""
+    """Of each cell what a run of the notebook does not change."""
     cells = json.loads(text)["cells"]
     return [[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags")] for cell in cells]
 
@@ -153,11 +142,8 @@ def cache_folder() -> Path:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def file_digest(path: Path) -> str:

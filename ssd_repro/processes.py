@@ -26,7 +26,6 @@ def process() -> tuple[int, int]:
 
 
 def wait_for_all() -> None:
-    """Until every process of the group has come here; at once where there is no group."""
     import torch.distributed as dist
 
     if process()[1] > 1:
@@ -39,7 +38,7 @@ def is_launched() -> bool:
 
 
 def is_first() -> bool:
-    """Of launched processes the first: what all of them would print, it prints."""
+    """Of launched processes the first: it prints what all of them would."""
     return not is_launched() or os.environ.get("RANK") == "0"
 
 
@@ -56,7 +55,6 @@ def _group(**where):
 
 
 def launched_group():
-    """Within it the processes of torchrun or ``accelerate launch`` are a group; nothing where there are none."""
     return _group() if is_launched() else nullcontext()
 
 

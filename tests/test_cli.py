@@ -271,7 +271,7 @@ def test_progress_bars_and_folders_are_tidied(tmp_path):
     notebook(path, "x")
     book = nbformat.read(path, as_version=4)
     book.metadata["papermill"] = {"input_path": str(path), "output_path": str(path)}
-    pieces = ["0%|  |", "\r50%|# |", "\r100%|##|\nnext\r"]
+    pieces = ["0%|  |", "\r50%|# |", "\r100%|##|\nnext"]
     book.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text=text) for text in pieces]
     nbformat.write(book, path)
     notebooks.tidy(path, "01_a.ipynb")

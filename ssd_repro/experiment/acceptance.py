@@ -62,7 +62,7 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def rate(events: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Accepted / judged for each value of ``by``; its 95 % interval over utterances where there are enough of them."""
+    """Accepted / judged for each value of ``by``; its 95 % interval over utterances where there are enough."""
     lines = []
     for value, group in events.groupby(by, sort=True):
         each = group.groupby("utterance").accepted.agg(["sum", "size"])
@@ -84,21 +84,18 @@ def over_setting(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 def acceptance(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.DataFrame:
     """All curves: columns curve, value, acceptance (accepted / judged), low, high, judged, n, of_drafted.
 
-    The curves against a setting vary that one alone, from (tolerance, draft_length, the
-    voice's temperature); those within the utterance are of that point, the position within the
-    draft of its longest draft.
+    Curves against a setting vary that one alone from (tolerance, draft_length, the voice's temperature); those within
+    the utterance are of that point, the position within the draft of its longest draft.
     """
     ssd = rows[rows.method == "speculative"]
     own = ssd.temperature.isna()
     beta, length = np.isclose(ssd.tolerance.astype(float), tolerance), ssd.draft_length == draft_length
-    point = ssd[own & beta & length]
-    longest = ssd[own & beta]
+    point, longest = ssd[own & beta & length], ssd[own & beta]
     longest = longest[longest.draft_length == longest.draft_length.max()]
-    heat = ssd[beta & length]
-    heat = heat.assign(temperature=heat.temperature.fillna(heat.sampler.str["temperature"]))
     prompt_speaker = point.voice.str.partition("_")[0]  # a LibriTTS prompt is <speaker>_<chapter>_...
     point = point.assign(speaker=point.voice.where(point.front_end == "bundled", prompt_speaker))
-    events = judged(point)
+    heat, events = ssd[beta & length], judged(point)
+    heat = heat.assign(temperature=heat.temperature.fillna(heat.sampler.map(lambda s: s["temperature"])))
     parts = np.minimum((events.along * PARTS).astype(int), PARTS - 1)
     curves = {
         "beta": over_setting(ssd[own & length], "tolerance"),

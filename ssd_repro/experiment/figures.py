@@ -31,8 +31,7 @@ HOLLOW = {"markerfacecolor": "white", "markersize": 7, "label": "paper"}  # the 
 def timeline_events(row) -> pd.DataFrame:
     """Every token of a row, drafted or spoken, at its place in the audio: columns seconds, kind.
 
-    In a round that rejects its k-th draft, that one is 'rejected' at the place of the
-    'resampled' token, and those drafted after it are 'discarded'.
+    A rejected draft stands at the place of its 'resampled' token; those drafted after it are 'discarded'.
     """
     events, offset = [], 0.0
     for rounds, count in zip(row["rounds"], row["pieces"], strict=True):
@@ -63,7 +62,6 @@ def timeline(events: pd.DataFrame, ax, title: str = "") -> None:
     ax.set(ylim=(-0.6, len(lanes) - 0.4), xlabel="seconds of audio")
     ax.set_xlim(left=-0.05)
     ax.set_title(title, loc="left")
-    sns.despine(ax=ax, left=True)
 
 
 def stages(table: pd.DataFrame, ax) -> None:
@@ -80,7 +78,6 @@ def stages(table: pd.DataFrame, ax) -> None:
     ax.invert_yaxis()
     above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(PHASES)}
     ax.legend(**above, frameon=False, columnspacing=1.0, handlelength=1.2)
-    sns.despine(ax=ax)
 
 
 def table1(table: pd.DataFrame, axes) -> None:
@@ -101,7 +98,6 @@ def table1(table: pd.DataFrame, axes) -> None:
         ax.set(ylim=(len(table) - 0.4, -0.6), xlabel=label)
         ax.set_xlim(left=0)
         ax.grid(axis="x", alpha=0.3)
-        sns.despine(ax=ax)
     axes[0].legend(loc="lower left", frameon=False)
 
 
@@ -118,7 +114,6 @@ def _over_setting(ax, x, table: pd.DataFrame, name: str, label: str) -> None:
         ax.legend(frameon=False)
     ax.set(xlabel=label, ylabel="speed-up of the LM" if name == "speed-up" else "WER, %")
     ax.grid(axis="y", alpha=0.3)
-    sns.despine(ax=ax)
 
 
 def table3(table: pd.DataFrame, axes) -> None:
@@ -138,7 +133,6 @@ def figure3(table: pd.DataFrame, axes) -> None:
     right.plot(table.index, table["acceptance"], "o-", color=PALETTE[2], markersize=7)
     right.set(xlabel=label, ylabel="accepted / drafted", ylim=(0, 1))
     right.grid(axis="y", alpha=0.3)
-    sns.despine(ax=right)
     for ax in axes:
         ax.set_xticks(list(table.index))
 
@@ -158,7 +152,6 @@ def acceptance(table: pd.DataFrame, axes) -> None:
         ax.set_title(curve, loc="left", fontsize=11)
         ax.set_ylim(0, 1)
         ax.grid(axis="y", alpha=0.3)
-        sns.despine(ax=ax)
     for ax in axes.flat[table.index.nunique() :]:
         ax.set_axis_off()
     for ax in axes[:, 0]:
@@ -191,7 +184,6 @@ def theory(table: pd.DataFrame, ax) -> None:
     ax.set(xlabel="predicted speed-up per token", ylabel="measured (beta/L_d)")
     ax.legend(frameon=False, loc="upper left")
     ax.grid(alpha=0.3)
-    sns.despine(ax=ax)
 
 
 def save(figure, folder: Path, name: str) -> None:

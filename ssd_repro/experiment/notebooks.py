@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import locked, source_tree
 from ..processes import is_first, is_launched, launched_group, run_in_processes
-from .provenance import results_folder
+from .provenance import relative, results_folder
 
 COMMITTED = "mini"  # the profile whose results README shows
 QUIET = "ignore:pkg_resources is deprecated:UserWarning,ignore:resource_tracker:UserWarning"  # pyworld's; on Ctrl-C
@@ -39,7 +39,6 @@ def all_profiles() -> list[Path]:
 
 
 def first_line(path: Path) -> str:
-    """A notebook's title, or what a profile says of itself."""
     text = path.read_text("utf-8")
     text = json.loads(text)["cells"][0]["source"][0] if path.suffix == ".ipynb" else text
     return text.splitlines()[0].strip("# ")
@@ -47,17 +46,14 @@ def first_line(path: Path) -> str:
 
 def choose_notebooks(only: list[str]) -> list[Path]:
     """The notebooks that ``only`` names by number, stem or file name; all result notebooks by default."""
-    known = all_notebooks()
-    if not only:
-        return [path for path in known if path.name < FIRST_TRAINING]
-    for name in only:
-        if not any(name in (path.name[:2], path.stem, path.name) for path in known):
-            raise InputError(f"unknown notebook {name!r}: choose among {', '.join(path.stem for path in known)}")
-    return [path for path in known if {path.name[:2], path.stem, path.name} & set(only)]
+    known = {path: {path.name[:2], path.stem, path.name} for path in all_notebooks()}
+    if unknown := [name for name in only if name not in set().union(*known.values())]:
+        raise InputError(f"unknown notebook {unknown[0]!r}: choose among {', '.join(path.stem for path in known)}")
+    return [path for path, names in known.items() if (names & set(only) if only else path.name < FIRST_TRAINING)]
 
 
 def declared(path: Path) -> dict[str, dict]:
-    """name -> {inferred_type_name, default, help} (all strings) of the lines of a notebook's parameters cell."""
+    """name -> {inferred_type_name, default, help} (all strings) of a notebook's parameters."""
     import papermill
 
     return papermill.inspect_notebook(str(path))
@@ -70,8 +66,7 @@ def declared_anywhere() -> set[str]:
 def check_parameters(namespace: dict) -> dict:
     """For a notebook's second cell: ``globals()`` in, its parameters out, each of the type that its cell declares.
 
-    Raises InputError for a value of another type, for null, and for a name that papermill injected (which itself only
-    warns) and no notebook declares. Names of other notebooks are ignored: one profile serves all.
+    InputError also for a name that papermill injected and no notebook declares; one profile serves all notebooks.
     """
     kinds = namespace["__annotations__"]
     cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]  # papermill's
@@ -83,7 +78,6 @@ def check_parameters(namespace: dict) -> dict:
 
 
 def check_names(names, known, suggested=None) -> None:
-    """InputError for the first of ``names`` that is not ``known``."""
     for name in names:
         if name not in known:
             raise InputError(f"unknown parameter {name!r}: choose one of {', '.join(suggested or known)}")
@@ -98,7 +92,7 @@ def check_given(missing: dict[str, str]) -> None:
 
 
 def as_declared(name: str, kind, value, is_text: bool = False):
-    """``value``, or what the text of a -p says, as ``kind``: a type or its name. Raises InputError."""
+    """``value``, or what the text of a -p says, as ``kind``: a type or its name."""
     import pydantic
 
     adapter = pydantic.TypeAdapter(kind)
@@ -114,7 +108,7 @@ def as_declared(name: str, kind, value, is_text: bool = False):
 
 
 def read_profile(name: str) -> dict:
-    """name -> value of notebooks/profiles/<name>.yaml. Raises InputError."""
+    """name -> value of notebooks/profiles/<name>.yaml."""
     import yaml
 
     known = {path.stem: path for path in all_profiles()}
@@ -129,7 +123,7 @@ def read_profile(name: str) -> dict:
 
 
 def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str, str]]) -> dict[Path, dict]:
-    """Each notebook's parameters: those it declares, of the profile and then of the options -p. Raises InputError."""
+    """Each notebook's parameters: those it declares, of the profile and then of the options -p."""
     known = {path: declared(path) for path in notebooks}
     about = {name: parameter for parameters in known.values() for name, parameter in parameters.items()}
     check_names([name for name, _ in options], about)
@@ -144,13 +138,12 @@ def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str
 def run_notebooks(
     profile: str, only: list[str], out: str, options: list[tuple[str, str]], processes: int, make_rows: Callable
 ) -> int:
-    """``ssd-repro run``: execute notebooks into the results folder -> exit code. Raises InputError before any work.
+    """``ssd-repro run``: execute notebooks into the results folder -> exit code.
 
-    Several processes make the rows first, by make_rows(notebook -> parameters); then one executes the notebooks,
-    which find all of them.
+    Several processes make the rows first, by make_rows(notebook -> parameters); then one executes the notebooks.
     """
     notebooks, folder = choose_notebooks(only), results_folder(out, profile)
-    fixed = {"profile": profile, "out": _relative(folder)}
+    fixed = {"profile": profile, "out": relative(folder, Path.cwd())}
     given = {path: values | fixed for path, values in parameters_for(notebooks, read_profile(profile), options).items()}
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {out} is a file: give the name of a folder")
@@ -161,24 +154,16 @@ def run_notebooks(
     with locked(folder / ".run.lock") if is_first() else nullcontext():
         if is_launched() or processes > 1:
             complete = {path.stem: defaults(path) | values for path, values in given.items()}
-            if is_launched():
+            if not is_launched():
+                run_in_processes(processes, make_rows, complete)
+            else:
                 with launched_group():
                     make_rows(complete)
-            else:
-                run_in_processes(processes, make_rows, complete)
         return max(execute(path, folder, values) for path, values in given.items()) if is_first() else 0
 
 
 def defaults(path: Path) -> dict:
     return {name: ast.literal_eval(parameter["default"]) for name, parameter in declared(path).items()}
-
-
-def _relative(path: Path) -> str:
-    """Relative to the working directory where it lies below it: results name no machine's folders."""
-    try:
-        return path.resolve().relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return str(path)
 
 
 def execute(source: Path, out: Path, parameters: dict) -> int:
@@ -214,24 +199,8 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
 def tidy(path: Path, name: str) -> None:
     """Of progress bars keep the last state alone, and of papermill's notes no folder of this machine."""
     import nbformat
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    notebook = nbformat.read(path, as_version=4)
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(path, as_version=4), {})
     notebook.metadata.get("papermill", {}).update(input_path=name, output_path=name)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = joined_streams(cell.outputs)
     nbformat.write(notebook, path)
-
-
-def joined_streams(outputs: list) -> list:
-    """Neighbouring pieces of stdout or stderr as one, each line as a terminal shows it at the end."""
-    joined: list = []
-    for output in outputs:
-        if joined and "name" in output and joined[-1].get("name") == output.name:
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    for output in joined:
-        if output.output_type == "stream":
-            output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n"))
-    return joined

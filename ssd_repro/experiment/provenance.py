@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import socket
 import time
 from datetime import UTC, datetime
 from importlib import metadata
@@ -45,23 +44,18 @@ def _processor() -> str:
 
 
 class LoadMeter:
-    """How many cores other work takes on this machine. All processes of a group make theirs together."""
+    """How many cores processes outside of this run use: those but this one and, in a group, its parent's children."""
 
     def __init__(self) -> None:
-        import torch.distributed as dist
-
-        own = (socket.gethostname(), os.getpid())
-        everyone = [own] * process()[1]
-        if len(everyone) > 1:
-            dist.all_gather_object(everyone, own)
-        self.own = [psutil.Process(pid) for host, pid in everyone if host == own[0]]
+        this = psutil.Process()
+        self.own = this.parent().children() if process()[1] > 1 else [this]
         self.restart()
 
     def restart(self) -> None:
         self.began, self.before = time.perf_counter(), self._seconds_of_others()
 
     def other_load(self) -> float:
-        """Mean number of cores that processes outside of this run used since ``restart``."""
+        """Their mean number since ``restart``."""
         used = self._seconds_of_others() - self.before
         return round(max(0.0, used) / (time.perf_counter() - self.began), 2)
 
@@ -84,30 +78,36 @@ def results_folder(out: str, profile: str) -> Path:
     return Path(out) if out else (source_tree() or Path()) / "results" / profile
 
 
+def relative(path: Path, *roots: Path | None) -> str:
+    """Seen from the first of ``roots`` that it lies below, if any: results name no machine's folders."""
+    path = Path(path)
+    below = [root for root in roots if root and path.resolve().is_relative_to(root)]
+    return (path.resolve().relative_to(below[0]) if below else path).as_posix()
+
+
+def all_provenance(folder: Path) -> dict[str, dict]:
+    """Notebook -> its entry of ``<folder>/provenance.json``."""
+    path = Path(folder) / "provenance.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
 def write_provenance(folder, name: str, voice, profile: str, parameters: dict, keys=()) -> dict:
     """Add to ``<folder>/provenance.json``, under ``name``, where its results (rows ``keys``) come from -> that entry.
 
     An entry stays as it is if the same parameters lead to the same rows: it tells of the run that made them.
     """
-    path = Path(folder) / "provenance.json"
-    whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    whole = all_provenance(folder)
     old, keys = whole.get(name, {}), list(keys)
     if keys and (old.get("keys"), old.get("parameters")) == (keys, parameters):
         return old
     versions = {package.name: package.version for package in metadata.distributions()}
     whole[name] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **git_state(),
-        "code": code_sha256(),
-        "weights": voice.weights_id,
-        "profile": profile,
-        "parameters": parameters,
-        **row_context(voice.device),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: versions.get(name) for name in PACKAGES},
-        "keys": keys,
+        **{**git_state(), "code": code_sha256(), "weights": voice.weights_id},
+        **{"profile": profile, "parameters": parameters, "keys": keys},
+        **{**row_context(voice.device), "cores": os.cpu_count()},
+        **{"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
+        "versions": {package: versions.get(package) for package in PACKAGES},
     }
-    write_text(path, json.dumps(whole, indent=1, sort_keys=True) + "\n")
+    write_text(Path(folder) / "provenance.json", json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return whole[name]

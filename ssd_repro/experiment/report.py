@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
+from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
 from . import acceptance, figures, statistics, tables
+from .provenance import all_provenance, relative
 from .rows import SILENCE_DB, busy, count_empty, rows_of_folder, to_frame
 
 INTERVALS = "[low, high]: 95 % bootstrap intervals over utterances."
@@ -114,9 +115,7 @@ class Exhibit:
 
 
 def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **settings) -> Exhibit:
-    """The paper's numbers and ours, and below them what the rows show."""
-    table = partial(table, **settings)
-    return Exhibit(notebook, table, findings, readable=lambda text: text, at_setting=at_setting)
+    return Exhibit(notebook, partial(table, **settings), findings, readable=lambda text: text, at_setting=at_setting)
 
 
 _ACCEPTANCE = {"shape": (2, 4), "size": (12, 5.6), "readable": tables.readable_acceptance, "at_setting": True}
@@ -145,9 +144,9 @@ EXHIBITS = {
 
 
 def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
-    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png and .svg. about: the entry of provenance.json.
+    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png and .svg -> the table as Jupyter shows it.
 
-    What it gives is the table as Jupyter shows it; its figure, if any, is pyplot's newest.
+    about: the entry of provenance.json. The figure, if any, is pyplot's newest.
     """
     exhibit = EXHIBITS[name]
     at = {k: about["parameters"][k] for k in ("tolerance", "draft_length")} if exhibit.at_setting else {}
@@ -159,6 +158,7 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
     if exhibit.draw:
         figure, axes = plt.subplots(*exhibit.shape, figsize=exhibit.size, layout="constrained")
         exhibit.draw(table, axes)
+        despine(figure, left=exhibit.draw is figures.timeline)
         figures.save(figure, folder, name)
     return Markdown(text)
 
@@ -170,30 +170,13 @@ def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:
     command = f"ssd-repro run --profile {about['profile']}"
     if processes > 1:
         threads, command = f"{threads} in each of {processes} processes", f"{command} --processes {processes}"
-    roots = [root for root in (source_tree(), Path.cwd()) if root and Path(folder).resolve().is_relative_to(root)]
-    place = Path(folder).resolve().relative_to(roots[0]) if roots else Path(folder)
-    return (
-        f"{about['date'][:10]}, {about['chip']}, {threads}, torch {about['torch']}, commit {commit}, voice "
-        f"{about['weights']}: `{command}` -> `{place.as_posix()}`."
-    )
-
-
-# Everything from a results folder
-
-
-def provenance(folder: Path) -> dict:
-    path = Path(folder) / "provenance.json"
-    if not path.exists():
-        raise InputError(f"{path} is missing: `ssd-repro run` makes it")
-    return json.loads(path.read_text("utf-8"))
+    made_by = f"{about['date'][:10]}, {about['chip']}, {threads}, torch {about['torch']}, commit {commit}"
+    return f"{made_by}, voice {about['weights']}: `{command}` -> `{relative(folder, source_tree(), Path.cwd())}`."
 
 
 def rows_of_run(folder: Path, notebook: str, known: dict[str, dict] | None = None) -> tuple[pd.DataFrame, dict]:
     """The rows of the run that provenance.json tells of, and that entry of it. known: ``rows_of_folder(folder)``."""
-    about = provenance(folder).get(notebook)
-    if about is None:
-        raise InputError(f"{folder}/provenance.json tells of no {notebook}: run that notebook first")
-    known = rows_of_folder(folder) if known is None else known
+    about, known = all_provenance(folder)[notebook], known or rows_of_folder(folder)
     if lost := [key for key in about["keys"] if key not in known]:
         raise InputError(f"{folder}/rows lacks {len(lost)} rows of that run: run {notebook} again")
     return to_frame(known[key] for key in about["keys"]), about
@@ -205,7 +188,7 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
     No model is loaded. Exhibits of notebooks that have not run, and the blocks for them, stay as they are.
     """
     plt.switch_backend("agg")
-    ran = [name for name, exhibit in EXHIBITS.items() if exhibit.notebook in provenance(folder)]
+    ran = [name for name, exhibit in EXHIBITS.items() if exhibit.notebook in all_provenance(folder)]
     if not ran:
         raise InputError(f"{folder}/provenance.json tells of no result notebook: run `ssd-repro run` first")
     texts, known = {page: page.read_text("utf-8") for page in pages}, rows_of_folder(folder)
@@ -223,11 +206,13 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
 
 def put_between(text: str, name: str, inside: str) -> str:
     """Replace what stands between <!-- name --> and <!-- /name -->."""
-    before, begin, rest = text.partition(f"<!-- {name} -->")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not end:
-        raise InputError(f"the markers <!-- {name} --> and <!-- /{name} --> are missing")
-    return f"{before}{begin}\n{inside.strip()}\n{end}{after}"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    made, count = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{begin}\n{inside.strip()}\n{end}", text, count=1, flags=re.DOTALL
+    )
+    if not count:
+        raise InputError(f"the markers {begin} and {end} are missing")
+    return made
 
 
 # A number within a page's sentences: <!-- = FILE.csv; column=value; ...; column; format -->number<!-- /= -->

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import append_rows, drop_half_line, locked, read_rows
+from ..files import append_row, drop_half_line, locked, read_rows
 from ..models.codec import TOKEN_RATE
 from ..speech.sentences import Utterance
 from .systems import System
@@ -25,9 +25,8 @@ BUSY_CORES = 0.25  # other work than this makes timings doubtful
 def decoding_fields(takes: list) -> dict:
     """A row's fields from repeated takes of one utterance: medians of seconds, all else from the first take.
 
-    empty: nothing was spoken, a stop token came first. pieces: number of tokens of each sentence
-    of the text. rounds: of each sentence the [drafted, accepted] of its rounds; an empty list where
-    nothing was drafted, for then every round gives one token.
+    pieces: number of tokens of each sentence of the text. rounds: of each sentence the [drafted, accepted] of its
+    rounds; an empty list where nothing was drafted, for then every round gives one token.
     """
     take = takes[0]
     drafted = sum(sentence.drafted for sentence in take.sentences)
@@ -50,7 +49,6 @@ def decoding_fields(takes: list) -> dict:
 
 
 def baseline_fields(takes: list) -> dict:
-    """A row's fields from the takes of its baseline, the autoregressive target decoded in turn with it."""
     return {
         "base_tokens": len(takes[0].token_ids),
         "base_audio_seconds": takes[0].audio_seconds,
@@ -68,8 +66,7 @@ def _median(seconds) -> float:
 def token_kinds(take) -> str:
     """Of each token a letter for its 40 ms of sound: s speech, '.' silence.
 
-    Silence lies SILENCE_DB below the 95th percentile of the tokens. An empty string where the
-    tokens cannot be found in the sound: there is none, or its length is not theirs.
+    An empty string where the tokens cannot be found in the sound: there is none, or its length is not theirs.
     """
     counts = [len(sentence.tokens) for sentence in take.sentences if sentence.tokens]  # an empty one has no pause
     width, gap = take.sample_rate // TOKEN_RATE, int(take.gap_seconds * take.sample_rate)
@@ -135,14 +132,13 @@ def rows_of_folder(folder) -> dict[str, dict]:
 def merge_rows(path: Path) -> None:
     """Put the processes' parts into ``path``, each key once, and remove them.
 
-    A part is removed when its rows are on the disk; killed before, the next merge finds
-    their keys there and adds none twice. InputError while a process still writes.
+    Killed before a part is removed, the next merge adds none twice. InputError while a process still writes.
     """
     drop_half_line(path)
     for part in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
         with locked(part.with_suffix(".lock")):
             known = {row["key"] for row in read_rows(path)}
-            append_rows(path, {r["key"]: r for r in read_rows(part) if r["key"] not in known}.values())
+            append_row(path, *{r["key"]: r for r in read_rows(part) if r["key"] not in known}.values())
             part.unlink()
 
 

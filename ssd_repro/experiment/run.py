@@ -1,9 +1,9 @@
 """A grid of systems x utterances -> one row each, resumable.
 
-Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins. A row is used
-again when settings, weights, machine kind and ``provenance.PROTOCOL`` agree, whatever file of the folder holds
-it. It is timed against its own baseline: the autoregressive target, decoded in turn with it (``base_*``), in
-whichever run that was. So rows of different runs compare by their ratios.
+Rows are appended to ``<folder>/rows/<name>.jsonl``, each on the disk before the next begins. A row is used again
+when its key (settings, weights, machine kind, ``provenance.PROTOCOL``) agrees, whatever file of the folder holds it.
+A row is timed against its own baseline: the autoregressive target, decoded in turn with it (``base_*``), in whichever
+run that was. So rows of different runs compare by their ratios.
 
 Several processes of one torch.distributed group share the utterances: each writes
 ``<name>.rank<r>.jsonl``, and the next run in one process puts those into ``<name>.jsonl``.
@@ -11,9 +11,10 @@ Several processes of one torch.distributed group share the utterances: each writ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import inf
+from itertools import product
 
 import pandas as pd
 
@@ -45,12 +46,15 @@ def run(
 ) -> pd.DataFrame:
     """Decode and measure what no rows file holds yet -> DataFrame, one row per utterance and system.
 
-    Fair timing: one warm-up of every system; then, utterance by utterance, the systems take turns (another one
-    begins each time), ``repeats`` times with the same seed, and the median counts. Metrics are computed after the
-    timed part; with several processes, when all of them have ended it. Raises InputError, before any work where it can.
+    Fair timing: one warm-up of every system; then, utterance by utterance, the systems take
+    turns (another one begins each time), ``repeats`` times with the same seed, and the median
+    counts. Metrics are computed after the timed part; with several processes, when all of
+    them have ended it. Raises InputError, before any work where it can.
     """
     systems = distinct(systems, voice)
-    _check(voice, systems, utterances, repeats)
+    check_number("repeats", repeats, 1, math.inf, whole=True)
+    for said, system in product(utterances, systems):
+        voice.check(said.text, voice=said.voice, seed=said.seed, **system.arguments())
     scored = voice.audible and any(system.scored for system in systems)
     models = metrics.models(whisper, speaker) if scored else {}
     rank, world = process()
@@ -75,23 +79,12 @@ def run(
     return to_frame(known[settings["key"]] for job in jobs for settings in job.settings.values())
 
 
-def _check(voice, systems: list[System], utterances: list[Utterance], repeats: int) -> None:
-    check_number("repeats", repeats, 1, inf, whole=True)
-    for utterance in utterances:
-        for system in systems:
-            voice.check(utterance.text, voice=utterance.voice, seed=utterance.seed, **system.arguments())
-
-
 def _plan(voice, systems: list[System], utterances, known: dict, repeats: int, models: dict[str, str]) -> list[Job]:
     """A job per utterance, also where no row is missing; ``known``: rows by key."""
     context = {
         **row_context(voice.device),
-        "precision": voice.precision,
-        "runtime": voice.runtime,
-        "front_end": voice.front_end,
-        "weights": voice.weights_id,
-        "sampler": asdict(voice.sampler),
-        "repeats": repeats,
+        **{name: getattr(voice, name) for name in ("precision", "runtime", "front_end")},
+        **{"weights": voice.weights_id, "sampler": asdict(voice.sampler), "repeats": repeats},
     }
     jobs = []
     for turn, utterance in enumerate(utterances):
@@ -120,7 +113,6 @@ def _decode(voice, job: Job, repeats: int, load: LoadMeter) -> tuple[dict[System
 
 
 def _measure(voice, job: Job, takes: dict[System, list], whisper: str, speaker: str) -> Iterator[dict]:
-    """The rows that were missing, one by one as they are scored."""
     for system in (system for system in takes if system in job.missing):
         take, scores = takes[system][0], metrics.UNSCORED
         if system.scored and voice.audible:

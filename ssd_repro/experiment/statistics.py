@@ -58,17 +58,18 @@ def bootstrap(statistic, *columns, draws: int = DRAWS, seed: int = 0, level: flo
     pick = np.random.default_rng(seed).integers(len(columns[0]), size=(draws, len(columns[0])))
     values = statistic(*(column[pick] for column in columns))
     tail = 50 * (1 - level)
+    if np.isnan(values).all():
+        return np.nan, np.nan
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return float(low), float(high)
 
 
-@np.errstate(divide="ignore", invalid="ignore")  # empty utterances alone have no ratio
 def ratio_of_sums(a, b):
-    """Corpus ratio sum a / sum b over the last axis: WER, LM-RTF, acceptance."""
-    return np.asarray(a).sum(-1) / np.asarray(b).sum(-1)
+    """Corpus ratio sum a / sum b over the last axis (WER, LM-RTF, acceptance); NaN of empty utterances alone."""
+    below = np.asarray(b).sum(-1)
+    return np.asarray(a).sum(-1) / np.where(below, below, np.nan)
 
 
-@np.errstate(divide="ignore", invalid="ignore")
 def corpus_speedup(base_seconds, base_size, seconds, size):
     """Seconds per unit (second of audio, token) of the baseline over the system's, each over all utterances."""
     return ratio_of_sums(base_seconds, base_size) / ratio_of_sums(seconds, size)
@@ -78,8 +79,7 @@ def verdict(inner: tuple[float, float], outer: tuple[float, float], margin: floa
     """What is shown of a difference, from its 90 % interval ``inner`` and its 95 % interval ``outer``.
 
     Equivalent: two one-sided tests at 5 %, that is, the 90 % interval within ± margin.
-    Different: the 95 % interval without 0, and not equivalent. Else nothing is shown, which
-    is not the same as equal.
+    Different: the 95 % interval without 0, and not equivalent.
     """
     if n < LEAST:
         return TOO_FEW
@@ -120,13 +120,3 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> di
         same = float(measure.ratio)  # the value if nothing differs
         shown = verdict(*(np.subtract(ends, same) for ends in (inner, outer)), measure.margin, n)
     return {"difference": value, "low": outer[0], "high": outer[1], "margin": measure.margin, "verdict": shown, "n": n}
-
-
-def quality(systems: dict[str, pd.DataFrame], base: pd.DataFrame) -> pd.DataFrame:
-    """Each system against ``base``, one line per measure -> columns system, measure, difference, ..., verdict."""
-    compared = (
-        {"system": name, "measure": measure.name, **difference(rows, base, measure)}
-        for name, rows in systems.items()
-        for measure in MEASURES
-    )
-    return pd.DataFrame(compared).set_index("system")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,40 +17,25 @@ from . import provenance, run
 from .systems import AUTOREGRESSIVE, System, grid
 
 
-def table1(tolerance: float, draft_length: int, **_) -> list[System]:
-    return [AUTOREGRESSIVE, System("draft"), System("speculative", tolerance, draft_length)]
+def _of_table1(p: dict, scored: bool = True) -> list[System]:
+    ssd = System("speculative", p["tolerance"], p["draft_length"])
+    return [replace(system, scored=scored) for system in (AUTOREGRESSIVE, System("draft"), ssd)]
 
 
-def listen(**parameters) -> list[System]:
-    return [replace(system, scored=False) for system in table1(**parameters)]
-
-
-def stages(tolerance: float, draft_length: int, **_) -> list[System]:
-    return [AUTOREGRESSIVE, System("speculative", tolerance, draft_length)]
-
-
-def tolerance_grid(tolerances: list[float], draft_length: int, **_) -> list[System]:
-    return [AUTOREGRESSIVE, *grid(tolerances, draft_length=draft_length)]
-
-
-def draft_length_grid(draft_lengths: list[int], tolerance: float, **_) -> list[System]:
-    return grid(draft_lengths=draft_lengths, tolerance=tolerance, scored=False)
-
-
-def one_setting_at_a_time(tolerances, draft_lengths, tolerance, draft_length, temperatures=(), **_) -> list[System]:
-    lengths = [draft_length, *draft_lengths]
-    return grid(tolerances, lengths, temperatures, tolerance, draft_length, scored=False)
+def _one_setting_at_a_time(p: dict) -> list[System]:
+    lengths, temperatures = [p["draft_length"], *p["draft_lengths"]], p.get("temperatures", ())
+    return grid(p["tolerances"], lengths, temperatures, p["tolerance"], p["draft_length"], scored=False)
 
 
 # notebook -> (name of its rows file, its parameters -> the systems that it compares)
 STUDIES = {
-    "00_listen": ("listen", listen),
-    "01_table1": ("table1", table1),
-    "02_tolerance": ("tolerance", tolerance_grid),
-    "03_draft_length": ("draft_length", draft_length_grid),
-    "04_stages": ("table1", stages),
-    "05_acceptance": ("acceptance", one_setting_at_a_time),
-    "06_theory": ("theory", one_setting_at_a_time),
+    "00_listen": ("listen", lambda p: _of_table1(p, scored=False)),
+    "01_table1": ("table1", _of_table1),
+    "02_tolerance": ("tolerance", lambda p: [AUTOREGRESSIVE, *grid(p["tolerances"], draft_length=p["draft_length"])]),
+    "03_draft_length": ("draft_length", lambda p: grid((), p["draft_lengths"], (), p["tolerance"], scored=False)),
+    "04_stages": ("table1", lambda p: [AUTOREGRESSIVE, System("speculative", p["tolerance"], p["draft_length"])]),
+    "05_acceptance": ("acceptance", _one_setting_at_a_time),
+    "06_theory": ("theory", _one_setting_at_a_time),
 }
 
 
@@ -67,20 +53,12 @@ class Study:
     def decode(self, systems: list[System]) -> tuple[pd.DataFrame, dict]:
         """Decode what no rows file holds yet -> rows, and where they come from: for ``report.show``.
 
-        systems: those of the study, or any others. Of several processes each returns its share, and nothing else.
+        Of several processes each returns its share, and nothing else.
         """
         p, (rank, world) = self.parameters, process()
-        rows = run.run(
-            self.voice,
-            systems,
-            self.utterances,
-            self.folder,
-            STUDIES[self.notebook][0],
-            repeats=p.get("repeats", 3),
-            whisper=p.get("whisper", ""),
-            speaker=p.get("speaker", ""),
-            progress=lambda turns: tqdm(turns, disable=rank > 0),
-        )
+        how = {"repeats": 3} | {name: p[name] for name in ("repeats", "whisper", "speaker") if name in p}
+        how["progress"] = partial(tqdm, disable=rank > 0)
+        rows = run.run(self.voice, systems, self.utterances, self.folder, STUDIES[self.notebook][0], **how)
         if world > 1:
             return rows, {}
         about = provenance.write_provenance(self.folder, self.notebook, self.voice, p["profile"], p, rows.key)
@@ -88,7 +66,7 @@ class Study:
 
 
 def begin(notebook: str, parameters: dict) -> Study:
-    """Load the voice that a result notebook's parameters name, and say what it decodes. Raises InputError."""
+    """Load the voice that a result notebook's parameters name, and say what it decodes."""
     p = parameters
     names = ("device", "precision", "runtime", "draft", "data", "front_end")
     voice = load.load(p["weights"] or None, **{name: p[name] for name in names})
@@ -97,7 +75,7 @@ def begin(notebook: str, parameters: dict) -> Study:
     else:
         utterances = voice.utterances(p["sentences"], p["seed"])
     folder = provenance.results_folder(p["out"], p["profile"])
-    return Study(notebook, p, folder, voice, STUDIES[notebook][1](**p), utterances)
+    return Study(notebook, p, folder, voice, STUDIES[notebook][1](p), utterances)
 
 
 def make_rows(parameters: dict[str, dict]) -> None:

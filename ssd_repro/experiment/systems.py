@@ -20,7 +20,7 @@ class System:
     scored: bool = True
 
     def arguments(self) -> dict:
-        """The arguments of ``voice.speak``; what is not set is left to its defaults."""
+        """Of ``voice.speak``; what is not set is left to its defaults."""
         return {k: v for k, v in asdict(self).items() if v is not None and k != "scored"}
 
     @property
@@ -52,12 +52,7 @@ def distinct(systems: list[System], voice) -> list[System]:
 
 
 def turn_order(systems: list[System], missing, turn: int) -> list[System]:
-    """The ``missing`` systems and the baseline, in the order in which they decode an utterance; [] if none is missing.
-
-    Another system begins with each ``turn``.
-    """
-    if not missing:
-        return []
+    """The ``missing`` systems, if any, and the baseline; another system begins with each ``turn``."""
     everyone = systems if any(s.is_baseline for s in systems) else [AUTOREGRESSIVE, *systems]
     first = turn % len(everyone)
-    return [s for s in everyone[first:] + everyone[:first] if s in missing or s.is_baseline]
+    return [s for s in everyone[first:] + everyone[:first] if s in missing or (missing and s.is_baseline)]

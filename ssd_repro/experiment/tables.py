@@ -25,7 +25,6 @@ DIGITS = {"n": 0, "L_d": 0, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
 
 
 def digits(column: str) -> int:
-    """Decimals of a column: those of DIGITS, one of a per cent, else two."""
     return DIGITS.get(column, 1 if column.endswith("%") else 2)
 
 
@@ -43,44 +42,33 @@ def ssd_settings(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def by_system(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Label -> rows, of all systems but the autoregressive: the draft, then SSD by beta and L_d."""
+    """Label -> rows of the draft, then of SSD by beta and L_d."""
     draft = rows[(rows.method == "draft") & rows.temperature.isna()]
     return ({NAMES["draft"]: draft} if len(draft) else {}) | ssd_settings(rows)
 
 
-# Numbers of one system
-
-
 def estimate(name: str, statistic, *columns, scale: float = 1) -> dict[str, float]:
     """A number over utterances and its interval; NaN where there is nothing to divide by."""
-    value, bounds = np.nan, (np.nan, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if len(columns[0]) and np.isfinite(found := statistic(*(np.asarray(column, float) for column in columns))):
-            value, bounds = found, bootstrap(statistic, *columns)
-    low, high = (scale * bound if np.isfinite(bound) else np.nan for bound in bounds)
-    short = name.removesuffix(" %")
-    return {name: scale * value, f"{short}_low": low, f"{short}_high": high}
-
-
-def ratio(a: pd.Series, b: pd.Series) -> float:
-    """Sum over sum; NaN if the lower one is 0 (every utterance came out empty)."""
-    return ratio_of_sums(a, b) if b.sum() else np.nan
+    value, low, high, short = np.nan, np.nan, np.nan, name.removesuffix(" %")
+    if len(columns[0]):
+        value, (low, high) = (
+            statistic(*(np.asarray(column, float) for column in columns)),
+            bootstrap(statistic, *columns),
+        )
+    return {name: scale * value, f"{short}_low": scale * low, f"{short}_high": scale * high}
 
 
 def speedup(name: str, rows: pd.DataFrame, seconds: str, size: str) -> dict[str, float]:
-    """``corpus_speedup`` of the column ``seconds`` per ``size``, if there is any of it."""
-    rows = rows if rows[size].sum() else rows.iloc[:0]
-    return estimate(
-        name, corpus_speedup, *(rows[f"{of}{column}"] for of in ("base_", "") for column in (seconds, size))
-    )
+    """``corpus_speedup`` of the column ``seconds`` per ``size``."""
+    columns = [f"base_{seconds}", f"base_{size}", seconds, size]
+    return estimate(name, corpus_speedup, *(rows[column] for column in columns))
 
 
 def quality_columns(rows: pd.DataFrame) -> dict[str, float]:
-    """WER with its interval, CER, NMOS, OVRL, SIG, BAK, SS of one system; NaN where nothing was scored."""
     rows = rows[rows.words.notna()]
     wer = estimate("WER %", ratio_of_sums, rows.word_errors, rows.words, scale=100)
     means = {name: rows[column].mean() for name, column in MEANS.items()}
-    return {**wer, "CER %": 100 * ratio(rows.char_errors, rows.chars), **means}
+    return {**wer, "CER %": 100 * ratio_of_sums(rows.char_errors, rows.chars), **means}
 
 
 def speed_columns(rows: pd.DataFrame) -> dict[str, float]:
@@ -88,26 +76,22 @@ def speed_columns(rows: pd.DataFrame) -> dict[str, float]:
     spoken = rows[(rows.tokens > 0) & (rows.base_tokens > 0)]
     per_token = (spoken.base_lm_seconds / spoken.base_tokens) / (spoken.lm_seconds / spoken.tokens)
     return {
-        "LM-RTF": ratio(rows.lm_seconds, rows.audio_seconds),
-        "RTF": ratio(rows.synthesis_seconds, rows.audio_seconds),
+        "LM-RTF": ratio_of_sums(rows.lm_seconds, rows.audio_seconds),
+        "RTF": ratio_of_sums(rows.synthesis_seconds, rows.audio_seconds),
         **speedup("speed-up", rows, "lm_seconds", "audio_seconds"),
         **estimate("speed-up per token", lambda each: np.median(each, axis=-1), per_token),
         **speedup("RTF speed-up", rows, "synthesis_seconds", "audio_seconds"),
-        "acceptance": ratio(rows.accepted, rows.drafted),
+        "acceptance": ratio_of_sums(rows.accepted, rows.drafted),
         "tokens per target call": pd.to_numeric(rows.tokens_per_target_call).mean(),
         "n": len(rows),
     }
 
 
-# The paper's tables and figures
-
-
 def _one_row_per_system(name: str, systems: dict) -> pd.DataFrame:
-    """Quality, speed and the paper's numbers of each system."""
-    lines = []
-    for label, ours in systems.items():
-        theirs = paper.of_setting(ours).add_prefix("paper ")
-        lines.append({name: label, **quality_columns(ours), **speed_columns(ours), **theirs})
+    lines = (
+        {name: label, **quality_columns(ours), **speed_columns(ours), **paper.of_setting(ours).add_prefix("paper ")}
+        for label, ours in systems.items()
+    )
     return pd.DataFrame(lines).set_index(name)
 
 
@@ -128,17 +112,23 @@ def table3(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure3(rows: pd.DataFrame) -> pd.DataFrame:
     """SSD, one row per L_d; the paper gives the speed-up at L_d 3."""
-    lines = []
-    for length, ours in of_method(rows, "speculative").groupby("draft_length"):
-        theirs = {"paper speed-up": paper.of_setting(ours).get("speed-up", np.nan)}
-        lines.append({"L_d": int(length), **speed_columns(ours), **theirs})
+    lines = [
+        {"L_d": int(length), **speed_columns(ours), "paper speed-up": paper.of_setting(ours).get("speed-up", np.nan)}
+        for length, ours in of_method(rows, "speculative").groupby("draft_length")
+    ]
     return pd.DataFrame(lines).set_index("L_d")
 
 
 def quality(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every system that was scored against the autoregressive target (``statistics.quality``)."""
-    scored = {label: ours for label, ours in by_system(rows).items() if ours.scored.all()}
-    return statistics.quality(scored, of_method(rows, "autoregressive"))
+    """Every system that was scored against the autoregressive target, one line per measure."""
+    base = of_method(rows, "autoregressive")
+    compared = (
+        {"system": name, "measure": measure.name, **statistics.difference(ours, base, measure)}
+        for name, ours in by_system(rows).items()
+        for measure in statistics.MEASURES
+        if ours.scored.all()
+    )
+    return pd.DataFrame(compared).set_index("system")
 
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:
@@ -165,14 +155,9 @@ def measured_and_predicted(rows: pd.DataFrame) -> pd.DataFrame:
     """Speed-up per token, measured and by ``theory.predict``, one row per SSD setting."""
     lines = []
     for ours in ssd_settings(rows).values():
-        length = int(ours.draft_length.iloc[0])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            predicted = theory.predict(ours, length)
-        lines.append({"beta": ours.tolerance.iloc[0], "L_d": length, **predicted, "n": len(ours)})
+        beta, length = ours.tolerance.iloc[0], int(ours.draft_length.iloc[0])
+        lines.append({"beta": beta, "L_d": length, **theory.predict(ours, length), "n": len(ours)})
     return pd.DataFrame(lines).set_index("beta")
-
-
-# The paper's numbers and ours, quantity by quantity
 
 
 def _quantity(name: str, theirs, ours: float, low=np.nan, high=np.nan, places: int = 2) -> dict[str, str]:
@@ -227,7 +212,6 @@ def figure3_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def stages_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    """The paper gives the first number; the other two are derived (``paper.with_ssd``)."""
     table, (share, whole) = stages(rows), paper.with_ssd()
     before, ssd = (table.loc[NAMES[method]] for method in ("autoregressive", "speculative"))
     first, speed = f"about {100 * paper.LM_SHARE:.0f}", ssd.filter(like="RTF speed-up")
@@ -239,11 +223,7 @@ def stages_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
     return _comparison(found)
 
 
-# Text
-
-
 def number(value: float, places: int, low: float = np.nan, high: float = np.nan) -> str:
-    """The rounded number and its interval, if any."""
     if pd.isna(value):
         return "–"
     interval = f" [{low:.{places}f}, {high:.{places}f}]" if pd.notna(low) and pd.notna(high) else ""
@@ -288,7 +268,6 @@ def readable_acceptance(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A pipe table of a frame of text, its index first."""
     sides = ("left", *["right"] * len(table.columns))
     return table.to_markdown(disable_numparse=True, colalign=sides) + "\n"
 

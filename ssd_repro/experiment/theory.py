@@ -47,11 +47,11 @@ def costs(rows: pd.DataFrame) -> dict[str, float]:
         "target": (rows.base_lm_seconds - rows.base_prefill_seconds).sum() / rows.base_tokens.sum(),
         "draft": phase["draft"] / rows.drafted.sum(),
         "verify": phase["verify"] / calls,
-        "prefill": phase["prefill"],
-        "rest": phase["rest"],
+        **{name: phase[name] for name in ("prefill", "rest")},
     }
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # where nothing was spoken
 def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
     """Measured and predicted speed-up per token of one SSD setting, and where the residue comes from.
 
@@ -61,8 +61,7 @@ def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
     prefill %, loop %  of SSD's LM time: what no prediction counts
     left %     the rest of the residue: first tokens, rounds cut short by the end, the baseline's prefill
     """
-    tokens = judged(rows)
-    alpha, c = tokens.accepted.mean(), costs(rows)
+    alpha, c = judged(rows).accepted.mean(), costs(rows)
     by_position = expected_tokens_by_position(acceptance_by_position(rows, length))
     drafting, lm = length * c["draft"], rows.lm_seconds.sum()
     seconds = rows.base_lm_seconds, rows.base_tokens, rows.lm_seconds, rows.tokens

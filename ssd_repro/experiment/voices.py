@@ -38,15 +38,13 @@ def score(
                 settings = {**asdict(utterance), "system": system, **own, **shared}
                 keys.append(key(settings))
                 if keys[-1] not in known:
-                    row = {"key": keys[-1], **settings, **_scores(voice, render, utterance, system, whisper)}
-                    append_row(path, row)
-                    known[row["key"]] = row
+                    scores = _scores(voice, *render(utterance, system), utterance, whisper)
+                    known[keys[-1]] = {"key": keys[-1], **settings, **scores}
+                    append_row(path, known[keys[-1]])
     return pd.DataFrame([known[k] for k in keys])
 
 
-def _scores(voice, render: Render, utterance: Utterance, system: str, whisper: str) -> dict:
-    audio, stopped, length_ratio = render(utterance, system)
-
+def _scores(voice, audio, stopped: bool, length_ratio: float, utterance: Utterance, whisper: str) -> dict:
     def similarity(name: str) -> float:
         found = metrics.speaker_similarity(audio, voice.reference(name), voice.sample_rate)
         return -1.0 if isnan(found) else found  # no speech

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import sha256, write_bytes, write_text
 from .codec import Codec, CodecConfig
 from .draft import make_draft, own_parameters, split_of
@@ -58,7 +59,7 @@ def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, fa
     }
     about = {
         "format": FORMAT,
-        "codec": codec.settings(),
+        "codec": asdict(codec.config),
         "target": _sizes(target.model.config),
         "speech_vocab": target.speech_embedding.num_embeddings,
         "draft": split_of(draft),
@@ -73,17 +74,15 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
 
     InputError if a file is missing, of another format, or not the one that voice.json vouches for.
     """
-    path, holds = folder / "voice.json", f"a voice folder holds voice.json and {', '.join(PARTS)}.safetensors"
-    about = _read_description(path, ("sha256", "codec", "target", "speech_vocab", "draft"), holds)
+    path = folder / "voice.json"
+    about = _read_description(path, ("sha256", "codec", "target", "speech_vocab", "draft"))
     files = [folder / f"{part}.safetensors" for part in PARTS]
     states = [_read_tensors(file, about["sha256"].get(file.name), path) for file in files]
     codec = Codec(CodecConfig(**about["codec"]))
     target = SpeechLM(small_qwen2(**about["target"]), about["speech_vocab"])
-    _fill(codec, states[0], codec.state_dict(), files[0])
-    _fill(target, states[1], target.state_dict(), files[1])
-    draft = make_draft(target, **about["draft"])
-    _fill(draft, states[2], own_parameters(draft), files[2])
-    return codec.eval(), target.eval(), draft.eval(), about
+    fill(codec, states[0], files[0])
+    fill(target, states[1], files[1])
+    return codec.eval(), target.eval(), _draft(target, about["draft"], states[2], files[2]), about
 
 
 def save_draft(folder: Path, draft: SpeechLM, target: SpeechLM, facts: dict) -> None:
@@ -104,8 +103,7 @@ def save_draft(folder: Path, draft: SpeechLM, target: SpeechLM, facts: dict) -> 
 
 def read_draft_facts(folder: Path) -> dict:
     """What draft.json says; InputError if it is missing or cannot be read."""
-    holds = f"a draft folder holds {' and '.join(DRAFT_FILES)}, made by ssd-repro train-draft"
-    return _read_description(Path(folder) / DRAFT_FILES[0], ("layers", "target", "sha256"), holds)
+    return _read_description(Path(folder) / DRAFT_FILES[0], ("layers", "target", "sha256"))
 
 
 def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
@@ -123,9 +121,7 @@ def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
             f"the draft in {folder} was trained for another target: the SHA-256 of its weights begins with "
             f"{known[:12]}, that of this one with {found[:12]}"
         )
-    draft = make_draft(target, **about["layers"])
-    _fill(draft, state, own_parameters(draft), path)
-    return draft.eval()
+    return _draft(target, about["layers"], state, path)
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> str:
@@ -135,17 +131,18 @@ def _write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> 
     return hashlib.sha256(content).hexdigest()
 
 
-def _read_description(path: Path, fields: tuple[str, ...], holds: str) -> dict:
-    """The JSON object at ``path``, of this FORMAT and with these fields; ``holds``: what its folder should hold."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {holds}")
+def _read_description(path: Path, fields: tuple[str, ...]) -> dict:
+    """The JSON object at ``path``, of this FORMAT and with these fields."""
     try:
         about = json.loads(path.read_text("utf-8"))
         found = about["format"]
         for name in fields:
             about[name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as a description ({error}): restore it, {holds}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is missing or cannot be read ({first_line(error)}): give a whole folder of a voice, or of a draft "
+            "as ssd-repro train-draft writes it"
+        ) from None
     if found != FORMAT:
         raise InputError(f"{path} has format {found!r}: this version reads format {FORMAT}")
     return about
@@ -153,22 +150,30 @@ def _read_description(path: Path, fields: tuple[str, ...], holds: str) -> dict:
 
 def _read_tensors(path: Path, vouched: str | None, description: Path) -> dict[str, Tensor]:
     """The tensors at ``path`` if their SHA-256 is the one that ``description`` vouches for."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: copy the whole folder again")
-    if (found := sha256(path)) != vouched:
+    found = sha256(path) if path.is_file() else "none"
+    if found != vouched:
         raise InputError(
-            f"{path} is damaged or from another folder: its SHA-256 begins with {found[:12]}, {description.name} says "
+            f"{path} is missing, damaged or from another folder: its SHA-256 is {found[:12]}, {description.name} says "
             f"{str(vouched)[:12]}; copy the whole folder again"
         )
     return safetensors.torch.load_file(path)
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], expected: Collection[str], path: Path) -> None:
-    """Copy ``state`` into the module's tensors named ``expected``; InputError if names or shapes differ."""
-    other = sorted(state.keys() ^ set(expected))
-    if other:
-        raise InputError(f"{path} holds other tensors than its description says, {other[0]} among them")
+def fill(module: nn.Module, state: dict[str, Tensor], path: Path, assign: bool = False) -> None:
+    """Copy ``state``, read from ``path``, into the module, or ``assign`` its tensors to it.
+
+    InputError if names or shapes differ.
+    """
     try:
-        module.load_state_dict(state, strict=False)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit its description: {str(error).splitlines()[-1].strip()}") from None
+        faults = textwrap.shorten(" ".join(str(error).splitlines()[1:]), 300)
+        raise InputError(f"{path} holds other tensors than the model that its folder describes: {faults}") from None
+
+
+def _draft(target: SpeechLM, layers: dict[str, int], own: dict[str, Tensor], path: Path) -> SpeechLM:
+    """The target's draft with its ``own`` weights, read from ``path``."""
+    draft = make_draft(target, **layers)
+    names = own_parameters(draft)
+    fill(draft, own | {name: value for name, value in draft.state_dict().items() if name not in names}, path)
+    return draft.eval()

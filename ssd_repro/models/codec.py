@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -214,6 +214,3 @@ class Codec(nn.Module):
         if len(codes) == 0:
             raise ValueError("no speech tokens to decode: expected at least one")
         return synthesise(self.features(codes, voice).cpu().numpy())
-
-    def settings(self) -> dict:
-        return asdict(self.config)

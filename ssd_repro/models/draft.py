@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import nn
 
 from ..errors import InputError
@@ -53,19 +52,16 @@ def make_draft(
     Own, begun as copies of the target's: bottom layers and head; only these require
     gradients. The shared parameters are frozen, in the target too.
     """
-    config = copy.deepcopy(target.model.config)
-    layers = config.num_hidden_layers
+    layers = len(target.model.layers)
     bottom, top = draft_layers(layers, depth, bottom, top)
-    chosen = [*range(bottom), *range(layers - top, layers)]
-    config.num_hidden_layers = len(chosen)
-    config.layer_types = [config.layer_types[source] for source in chosen]
-    with torch.device("meta"):  # new modules: an attention layer knows its place in the cache
-        model = type(target.model)(config)
-    for place, source in enumerate(chosen):
-        layer = target.model.layers[source]
-        _adopt(model.layers[place], copy.deepcopy(layer) if place < bottom else layer)
-    for shared in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(model, shared, getattr(target.model, shared))
+    own = {id(parameter) for parameter in target.model.layers[:bottom].parameters()}
+    shared = {id(parameter): parameter for parameter in target.model.parameters() if id(parameter) not in own}
+    model = copy.deepcopy(target.model, shared)  # what its memo knows is not copied
+    model.layers = model.layers[:bottom] + model.layers[layers - top :]
+    for place, layer in enumerate(model.layers):
+        layer.self_attn.layer_idx = place  # in the cache
+    model.config.num_hidden_layers, types = bottom + top, model.config.layer_types
+    model.config.layer_types = types[:bottom] + types[layers - top :]
     draft = SpeechLM(model, target.speech_embedding.num_embeddings)
     draft.speech_embedding = target.speech_embedding
     draft.head = copy.deepcopy(target.head)
@@ -73,10 +69,3 @@ def make_draft(
     for trained in (*model.layers[:bottom], draft.head):
         trained.requires_grad_(True)
     return draft.train(target.training)
-
-
-def _adopt(module: nn.Module, source: nn.Module) -> None:
-    """Put the Parameter objects of ``source`` into ``module``, of the same structure."""
-    for name, parameter in source.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, parameter)

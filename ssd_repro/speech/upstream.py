@@ -78,7 +78,8 @@ def accelerate(
     check_number("seed", seed, 0, 2**62, whole=True)
     sampler, banned = upstream_sampling(llm)
     draft = load_draft(Path(draft), target) if isinstance(draft, (str, Path)) else draft
-    _check_draft(draft, target)
+    if draft is not None:
+        _check_draft(draft, target)
     fields = {"sampler": sampler, "banned_ids": banned, "draft_length": draft_length, "tolerance": tolerance}
     settings = target.layout.config(1, **fields)
     seeds = itertools.count(seed)  # next() on a count is atomic
@@ -90,17 +91,15 @@ def accelerate(
         """
         generator = torch.Generator(lm_input.device).manual_seed(next(seeds))
         if max_len < 1:
-            return
+            return iter(())
         config = replace(settings, min_tokens=min(min_len, max_len), max_tokens=max_len)
-        rounds = stream(target, draft, lm_input, config, generator)
-        while True:
-            try:
-                final = next(rounds)
-            except StopIteration as end:
-                if on_result:
-                    on_result(uuid, end.value)
-                return
-            yield from final
+
+        def rounds() -> Iterator[list[int]]:
+            result = yield from stream(target, draft, lm_input, config, generator)
+            if on_result:
+                on_result(uuid, result)
+
+        return itertools.chain.from_iterable(rounds())
 
     llm.inference_wrapper, model.tts = tokens, _refuse_streaming_text(model.tts)
     return Accelerated(model, tokens)
@@ -163,21 +162,17 @@ def upstream_sampling(llm) -> tuple[Sampler, tuple[int, ...]]:
     if getattr(base, "__name__", "") != "ras_sampling":
         raise InputError(f"the language model samples with {sampling!r}; only upstream's ras_sampling is known.")
     given = {name: value.default for name, value in signature(sampling).parameters.items()}
-    size = llm.llm_decoder.out_features
-    sure = torch.full((size,), -1e4)  # all the mass on token 0, which repeats
+    scores = torch.zeros(llm.llm_decoder.out_features)
+    sure = torch.full_like(scores, -1e4)  # all the mass on token 0, which repeats
     sure[0] = 0.0
     with torch.random.fork_rng(devices=[]):
         masks_repeat = int(sampling(sure, [0] * given["win_size"], 25)) != 0
-
-    def tries(token: int) -> tuple[bool, bool]:
-        """(masked, drawn again): what sampling_ids does about a token before the minimum length."""
-        offered, scores = iter((torch.tensor([token]), torch.tensor([0]))), torch.zeros(size)
-        stand_in = SimpleNamespace(speech_token_size=llm.speech_token_size, sampling=lambda *_: next(offered))
-        kept = type(llm).sampling_ids(stand_in, scores, [], 25, ignore_eos=True)
-        return bool(scores[token].isneginf()), int(kept) != token
-
-    tried = {token: tries(token) for token in range(SPEECH_TOKENS, size)}
-    masked, redrawn = (tuple(t for t, seen in tried.items() if seen[i]) for i in (0, 1))
+    # Before the minimum length sampling_ids is offered 6561, an id above it, then speech: it keeps the first allowed.
+    offered = iter(torch.tensor([[SPEECH_TOKENS], [SPEECH_TOKENS + 1], [0]]))
+    stand_in = SimpleNamespace(speech_token_size=llm.speech_token_size, sampling=lambda *_: next(offered))
+    kept = int(type(llm).sampling_ids(stand_in, scores, [], 25, ignore_eos=True))
+    redrawn = {SPEECH_TOKENS: (), SPEECH_TOKENS + 1: (SPEECH_TOKENS,), 0: tuple(llm.stop_token_ids)}[kept]
+    masked = tuple(scores.isneginf().nonzero().flatten().tolist())
     if bool(masked) == bool(redrawn):
         raise InputError("this commit of CosyVoice treats ignore_eos in an unknown way; pass another checkout.")
     names = {"top_k": "top_k", "top_p": "top_p", "win_size": "ras_window", "tau_r": "ras_tau"}  # upstream's -> ours
@@ -185,17 +180,11 @@ def upstream_sampling(llm) -> tuple[Sampler, tuple[int, ...]]:
     return Sampler(**settings, ras_masks_repeat=masks_repeat, bans_by_mask=bool(masked)), masked or redrawn
 
 
-def _check_draft(draft: SpeechLM | None, target: SpeechLM) -> None:
-    if draft is None:
-        return
+def _check_draft(draft: SpeechLM, target: SpeechLM) -> None:
     if not isinstance(draft, SpeechLM):
         raise InputError(f"draft is {draft!r}; it must be a draft's folder, a SpeechLM or None.")
-    heads = draft.head.weight, target.head.weight
-    for what, (found, wanted) in {
-        "speech vocabulary": [len(head) for head in heads],
-        "hidden size": [head.shape[1] for head in heads],
-        "device": [head.device for head in heads],
-        "precision": [head.dtype for head in heads],
-    }.items():
-        if found != wanted:
-            raise InputError(f"the draft's {what} is {found}, the target's {wanted}: they must be the same.")
+    found, wanted = (f"{tuple(w.shape)} {w.dtype} on {w.device}" for w in (draft.head.weight, target.head.weight))
+    if found != wanted:
+        raise InputError(
+            f"the draft's head (speech vocabulary, hidden size) is {found}, the target's {wanted}: they must agree."
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -113,12 +114,8 @@ class Upstream(ZeroShot):
 
 def without_long_silence(tokens: tuple[int, ...], silent: list[int]) -> list[int]:
     """Of a run of silent tokens the first MOST_SILENT, as upstream hands them to the flow."""
-    kept, run = [], 0
-    for token in tokens:
-        run = run + 1 if token in silent else 0
-        if run <= MOST_SILENT:
-            kept.append(token)
-    return kept
+    runs = groupby(tokens, lambda token: token in silent)
+    return [token for is_silent, run in runs for token in islice(run, MOST_SILENT if is_silent else None)]
 
 
 class Tokens(ZeroShot):

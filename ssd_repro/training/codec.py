@@ -29,7 +29,7 @@ BLANK = len(SYMBOLS)
 
 @dataclass(frozen=True)
 class Features:
-    """One utterance of N tokens: ``world`` (8N, 45), ``hint`` (2N, 384) Whisper states, ``phones`` ids."""
+    """Of N tokens: ``world`` (8N, 45), ``hint`` (2N, 384) Whisper states, ``phones`` ids."""
 
     id: str
     voice: str
@@ -39,6 +39,8 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.world) // FRAMES_PER_TOKEN
+
+    labels = property(__len__)
 
 
 class Hint:
@@ -100,10 +102,7 @@ class PhoneHead(nn.Module):
 
 
 class CodecTask(Task):
-    """The codec in training, with a head that reads phones from the codes (``phone_weight`` 0: reconstruction alone).
-
-    kept: a codec that stays as it is; the head alone learns. Weights of the loss terms: ``WEIGHTS``.
-    """
+    """The codec, and a head that reads phones from the codes; ``kept``: a codec that stays as it is."""
 
     WEIGHTS = {"envelope": 1.0, "spectrum": 2.0, "aperiodicity": 0.3, "f0": 0.5, "voiced": 0.3, "delta": 0.3}
     FLIP, HINT_DROPOUT = 0.04, 0.15
@@ -125,27 +124,20 @@ class CodecTask(Task):
             self.codec.load_state_dict(kept.state_dict())
             self.codec.requires_grad_(False)
 
-    def labels(self, item: Features) -> int:
-        return len(item)
-
     def draw(self, items: list[Features], rng: random.Random) -> list[Features]:
         """Half the time shift the 40 ms grid by 20 ms."""
         if not self.training:
             return items
         return [replace(f, world=f.world[4:-4], hint=f.hint[1:-1]) if rng.randrange(2) else f for f in items]
 
-    def _padded(self, items: list[Features]) -> tuple[Tensor, Tensor, Tensor]:
-        """world (B, 8N, 45), padded with its mean; hint (B, 2N, 384); mask (B, N)."""
-        device = self.codec.mean.device
-        world = pad_sequence([f.world for f in items], True, math.nan).to(device)
-        hint = pad_sequence([f.hint.float() for f in items], True).to(device)
-        mask = pad_sequence([torch.ones(len(f)) for f in items], True).to(device)
-        return torch.where(world.isnan(), self.codec.mean, world), hint, mask
-
     def forward(self, items: list[Features]) -> dict[str, Tensor]:
         """L1 on normalised features and on the log spectrum, CTC on the codes; evaluating adds the phone error rate."""
-        world, hint, mask = self._padded(items)
-        voices = torch.tensor([VOICES.index(f.voice) for f in items], device=world.device)
+        device = self.codec.mean.device
+        world = pad_sequence([f.world for f in items], True, math.nan).to(device)  # (B, 8N, 45)
+        world = torch.where(world.isnan(), self.codec.mean, world)
+        hint = pad_sequence([f.hint.float() for f in items], True).to(device)  # (B, 2N, 384)
+        mask = pad_sequence([torch.ones(len(f)) for f in items], True).to(device)  # (B, N)
+        voices = torch.tensor([VOICES.index(f.voice) for f in items], device=device)
         with self.autocast():
             if self.training:
                 hint = hint * F.dropout(hint.new_ones(len(hint), 1, hint.shape[2]), self.HINT_DROPOUT)
@@ -158,23 +150,23 @@ class CodecTask(Task):
         frames = mask.repeat_interleave(FRAMES_PER_TOKEN, 1)[..., None]
         terms = self._distances(made, self.codec.normalise(world), frames)
         total = sum(self.WEIGHTS[name] * value for name, value in terms.items())
-        return terms | self._phones(logits, (mask.sum(1) * 2).long(), [plain_phones(f.phones) for f in items], total)
+        terms |= self._phones(logits, (mask.sum(1) * 2).long(), [plain_phones(f.phones) for f in items])
+        return terms | {"loss": total + self.phone_weight * terms["ctc"]}
 
-    def _phones(self, logits: Tensor, frames: Tensor, labels: list[list[int]], total: Tensor) -> dict[str, Tensor]:
-        """CTC of (B, 2N, phones + blank) logits, the whole loss, and when evaluating the phone error rate."""
+    def _phones(self, logits: Tensor, frames: Tensor, labels: list[list[int]]) -> dict[str, Tensor]:
+        """CTC of (B, 2N, phones + blank) logits, and when evaluating the phone error rate."""
         from torchmetrics.functional.text import edit_distance
 
         log_probs, lengths = logits.log_softmax(-1), torch.tensor([len(x) for x in labels], device=logits.device)
         wanted = torch.tensor(sum(labels, []), device=logits.device)
         options = {"blank": BLANK, "zero_infinity": True, "reduction": "none"}
         ctc = (F.ctc_loss(log_probs.transpose(0, 1), wanted, frames, lengths, **options) / lengths).mean()
-        terms = {"ctc": ctc, "loss": total + self.phone_weight * ctc}
-        if not self.training:
-            best = zip(log_probs.argmax(-1).tolist(), frames.tolist(), strict=True)
-            read = ["".join(chr(p) for p, _ in groupby(b[:n]) if p != BLANK) for b, n in best]
-            wrong = edit_distance(read, ["".join(map(chr, x)) for x in labels], reduction="sum")
-            terms["phone_error_rate"] = wrong / lengths.sum()
-        return terms
+        if self.training:
+            return {"ctc": ctc}
+        best = zip(log_probs.argmax(-1).tolist(), frames.tolist(), strict=True)
+        read = ["".join(chr(p) for p, _ in groupby(b[:n]) if p != BLANK) for b, n in best]
+        wrong = edit_distance(read, ["".join(map(chr, x)) for x in labels], reduction="sum")
+        return {"ctc": ctc, "phone_error_rate": wrong / lengths.sum()}
 
     def _distances(self, made: Tensor, wanted: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Mean absolute distances of normalised features (B, 8N, 45) where ``mask`` (B, 8N, 1) is 1."""
@@ -199,19 +191,16 @@ def train_codec(
     phone_weight: float = 0.25,
     kept: Codec | None = None,
     config: CodecConfig | None = None,
-    log=print,
 ) -> tuple[CodecTask, list[dict]]:
     """Train codec and phone head together, or for a ``kept`` codec the head -> (task on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
-    config = config or CodecConfig()
-    task = CodecTask(learned, config, phone_weight, kept)
+    task = CodecTask(learned, config or CodecConfig(), phone_weight, kept)
     facts = {"phone_weight": phone_weight, "begin": weights_sha256(kept, torch.float32) if kept else ""}
-    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(config)}, log=log)
+    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(task.codec.config)})
     return task.cpu(), rows
 
 
 def codes_of(codec: Codec, f: Features) -> Tensor:
-    """Code ids (N,) of one utterance's features."""
     return codec.encode(f.world[None], f.hint[None].float())[0]
 
 
@@ -226,16 +215,13 @@ def resynthesise(codec: Codec, audio: np.ndarray, voice: str, hint: Hint) -> np.
 def calibrate(codec: Codec, items: list[Features], audio: Callable[[str], np.ndarray], most: int = 40) -> None:
     """Set the codec's ``scale`` and ``shift`` of every voice from its first ``most`` of ``items``.
 
-    audio: id -> the teacher's, (samples,) at 24 kHz.
-
-    scale: the spread of each envelope coefficient within an utterance, the teacher's over the
-    decoder's. shift: the teacher's mean, and then what is left between the long-term spectra of
-    the teacher's and the synthesised audio (WORLD has a bias of its own).
+    audio: id -> the teacher's, (samples,) at 24 kHz. scale: the spread of each envelope coefficient
+    within an utterance, the teacher's over the decoder's. shift: the teacher's mean, and then what is
+    left between the long-term spectra of both audios (WORLD has a bias of its own).
     """
 
-    def moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        envelopes = [x[:, :ENVELOPE] for x in features]
-        return torch.stack([e.mean(0) for e in envelopes]).mean(0), torch.stack([e.std(0) for e in envelopes]).mean(0)
+    def moments(features: list[Tensor]) -> Tensor:
+        return torch.stack([torch.stack((x.mean(0), x.std(0))) for x in features]).mean(0)[:, :ENVELOPE]
 
     codec.scale.fill_(1.0)
     codec.shift.fill_(0.0)
@@ -261,15 +247,15 @@ def align(log_probs: Tensor, labels: list[int], blank: int = BLANK) -> list[int]
     states = torch.full((2 * len(labels) + 1,), blank)
     states[1::2] = torch.tensor(labels)
     emit = log_probs[:, states]
-    skip = torch.zeros(len(states), dtype=torch.bool)
-    skip[3::2] = states[3::2] != states[1:-2:2]
+    barred = torch.ones(3, len(states), dtype=torch.bool)  # to stay, to go on by one, by two: over a blank
+    barred[:2] = False
+    barred[2, 3::2] = states[3::2] == states[1:-2:2]
     score = torch.full((len(states),), -math.inf)
     score[:2] = emit[0, :2]
     back = []
-    low = torch.tensor([-math.inf])
     for row in emit[1:]:
-        skipped = torch.cat([low, low, score[:-2]]).masked_fill(~skip, -math.inf)
-        best, step = torch.stack([score, torch.cat([low, score[:-1]]), skipped]).max(0)
+        before = F.pad(score, (2, 0), value=-math.inf).unfold(0, len(states), 1).flip(0)
+        best, step = before.masked_fill(barred, -math.inf).max(0)
         back.append(step)
         score = best + row
     state = len(states) - 1 if score[-1] > score[-2] else len(states) - 2
@@ -281,22 +267,21 @@ def align(log_probs: Tensor, labels: list[int], blank: int = BLANK) -> list[int]
 
 
 @torch.no_grad()
-def token_row(task: CodecTask, f: Features, shifts: int = 4) -> dict | None:
-    """A row of tokens.jsonl (data.py): speech tokens on ``shifts`` grids 10 ms apart, aligned with the phones.
+def token_row(task: CodecTask, f: Features) -> dict | None:
+    """A row of tokens.jsonl (data.py): speech tokens on four grids 10 ms apart, aligned with the phones.
 
     None if the utterance is too short for its phones to be aligned.
     """
     hint, labels = f.hint.float(), plain_phones(f.phones)
     between = (hint + torch.cat([hint[1:], hint[-1:]])) / 2  # Whisper states come every 20 ms
     codes, aligned = [], []
-    for shift in range(shifts):
-        states = (between if shift % 2 else hint)[shift // 2 :]
-        tokens = len(f.world[2 * shift :]) // FRAMES_PER_TOKEN
+    for shift in range(4):
+        states, world = (between if shift % 2 else hint)[shift // 2 :], f.world[2 * shift :]
+        tokens = len(world) // FRAMES_PER_TOKEN
         if 2 * tokens < len(labels) + 5:
             return None
-        world = f.world[2 * shift :][: FRAMES_PER_TOKEN * tokens]
-        rounded = task.codec.digits(world[None], states[None, : 2 * tokens]).round()
+        rounded = task.codec.digits(world[None, : FRAMES_PER_TOKEN * tokens], states[None, : 2 * tokens]).round()
         path = align(task.phone_head(rounded)[0].log_softmax(-1), labels)[::2]
         codes.append(task.codec.to_code(rounded)[0].tolist())
-        aligned.append([[labels[i], labels[i + 1] if i + 1 < len(labels) else -1] for i in path])
+        aligned.append([[labels[i], [*labels, -1][i + 1]] for i in path])
     return {"id": f.id, "voice": f.voice, "phones": f.phones, "codes": codes, "aligned": aligned}

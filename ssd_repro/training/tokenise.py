@@ -15,21 +15,17 @@ LONGEST = 30  # seconds: more the speech tokenizer does not read
 
 
 def tokenise(weights: Path, data: str, out: Path, accelerator=None, log=print) -> int:
-    """LibriTTS -> rows of text and speech tokens, as ``ssd-repro train-draft`` reads them; -> how many there are.
-
-    Several processes take turns (``share_rows``). Utterances above ``LONGEST`` are left out.
-    InputError if the checkpoint or the data lacks something.
-    """
+    """Rows as ``ssd-repro train-draft`` reads them -> how many there are; utterances above ``LONGEST`` are left out."""
     accelerator = accelerator or processes()
     version = agree(accelerator, lambda: load_cosyvoice(weights).layout.version)
     front, known = Tokens(Path(weights), version), list(libritts.index(data).values())
-    system = front.words(SYSTEM_TEXT[version])["input_ids"] if SYSTEM_TEXT[version] else []
+    system = {"prompt_text": front.words(SYSTEM_TEXT[version])["input_ids"]} if SYSTEM_TEXT[version] else {}
 
     def row(spoken: libritts.Spoken) -> dict | None:
         if libritts.seconds(spoken.audio) > LONGEST:
             return None
-        found = {"id": spoken.id, "text_ids": front.pieces(spoken.text)[0], "speech": front.speech_tokens(spoken.audio)}
-        return found | ({"prompt_text": system} if system else {})
+        own = {"text_ids": front.pieces(spoken.text)[0], "speech": front.speech_tokens(spoken.audio)}
+        return {"id": spoken.id, **own, **system}
 
     with locked(Path(out) / ".run.lock") if accelerator.is_main_process else nullcontext():
         share_rows(Path(out), known, row, accelerator, log)

@@ -1,4 +1,4 @@
-"""On PYTHONPATH of a test's subprocess: torch.compile gives the function back (tests/models/test_graphs.py traces it)."""
+"""On PYTHONPATH of a test's subprocess: torch.compile gives the function back (test_graphs.py traces it)."""
 
 import functools
 import sys

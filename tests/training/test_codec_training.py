@@ -72,7 +72,7 @@ def test_the_phone_error_rate_counts_edits_over_phones():
     task = codec_module.CodecTask(features(), SMALL, 0.25).eval()
     logits = torch.full((1, 8, len(SYMBOLS) + 1), -9.0)
     logits[0, range(8), [20, 20, len(SYMBOLS), 20, 21, 22, 22, len(SYMBOLS)]] = 9.0  # reads 20 20 21 22
-    found = task._phones(logits, torch.tensor([8]), [[20, 20, 30, 22, 23]], torch.tensor(0.0))
+    found = task._phones(logits, torch.tensor([8]), [[20, 20, 30, 22, 23]])
     assert float(found["phone_error_rate"]) == pytest.approx(2 / 5)  # one replaced, one left out
 
 

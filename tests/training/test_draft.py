@@ -182,7 +182,7 @@ def test_samples_are_made_once(world, on_policy, tmp_path, monkeypatch):
     assert asked == [row["id"] for row in made[6:]]
     assert sorted(samples(tmp_path / "out"), key=str) == sorted(made, key=str)
     assert all(torch.equal(value, weights(on_policy)[name]) for name, value in weights(tmp_path / "out").items())
-    with pytest.raises(InputError, match="samples of another seed"):
+    with pytest.raises(InputError, match="samples is of a run with seed 0, now it is 1"):
         train(world, tmp_path / "out", recipe="on-policy", steps=8, seed=1)
 
 
@@ -391,7 +391,7 @@ ROW = {"id": "a", "text_ids": [1, TASK], "speech": [5, 6]}
     ("rows", "sentence"),
     [
         ([], "no rows"),
-        ([ROW, ROW], "line 2: id 'a' was already"),
+        ([ROW, ROW], "line 2 is not a row of speech: id 'a' was already in rows.jsonl"),
         ([ROW | {"speech": [6561]}], "speech has 6561; this target's ids end at 6560"),
         ([ROW | {"text_ids": [1.5]}], "text_ids must be a list of token ids"),
         ([ROW | {"prompt_speech": [-1]}], "prompt_speech must be"),
@@ -419,8 +419,8 @@ def test_a_shard_that_was_cut(world, tmp_path):
     [
         ({"recipe": "magic"}, "recipe is 'magic'"),
         ({"loss": "magic"}, "loss is 'magic'"),
-        ({"batch": 99}, "batch is 99; it must be from 1 to 22"),
-        ({"accumulate": 7}, "need at least 7"),
+        ({"batch": 99}, "at most the rows to learn from) is 99; it must be a whole number from 1 to 22"),
+        ({"accumulate": 7}, "at most the rows to learn from) is 6; it must be a whole number from 7 to 22"),
         ({"held-out": 14}, "held_out is 14"),
         ({"data": "/nowhere"}, "no *.jsonl"),
         ({"target": "/nowhere"}, "/nowhere does not exist"),
