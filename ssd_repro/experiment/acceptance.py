@@ -72,11 +72,6 @@ def rate(events: pd.DataFrame, by: str) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["value", "acceptance", "low", "high", "judged", "n"])
 
 
-def speaker(row) -> str:
-    """The bundled voice's name; of a LibriTTS prompt, <speaker>_<chapter>_..., the speaker."""
-    return row.voice if row.front_end == "bundled" else row.voice.split("_")[0]
-
-
 def over_setting(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """``rate`` for each value of a setting; also accepted / drafted, the paper's acceptance rate."""
     parts = []
@@ -97,6 +92,8 @@ def acceptance(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.Da
     beta, length = np.isclose(ssd.tolerance.astype(float), tolerance), ssd.draft_length == draft_length
     point, longest = ssd[own & beta & length], ssd[own & beta]
     longest = longest[longest.draft_length == longest.draft_length.max()]
+    prompt_speaker = point.voice.str.partition("_")[0]  # a LibriTTS prompt is <speaker>_<chapter>_...
+    point = point.assign(speaker=point.voice.where(point.front_end == "bundled", prompt_speaker))
     heat, events = ssd[beta & length], judged(point)
     heat = heat.assign(temperature=heat.temperature.fillna(heat.sampler.map(lambda s: s["temperature"])))
     parts = np.minimum((events.along * PARTS).astype(int), PARTS - 1)
@@ -107,6 +104,6 @@ def acceptance(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.Da
         "position in the draft": rate(judged(longest), "position"),
         "along the utterance": rate(events.assign(part=(parts + 0.5) / PARTS), "part"),
         "what the token carries": rate(events, "kind"),
-        "voice": over_setting(point.assign(speaker=[speaker(row) for row in point.itertuples()]), "speaker"),
+        "voice": over_setting(point, "speaker"),
     }
     return pd.concat([frame.assign(curve=name) for name, frame in curves.items()]).set_index("curve")

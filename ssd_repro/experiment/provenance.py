@@ -100,20 +100,14 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
     old, keys = whole.get(name, {}), list(keys)
     if keys and (old.get("keys"), old.get("parameters")) == (keys, parameters):
         return old
+    versions = {package.name: package.version for package in metadata.distributions()}
     whole[name] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **{**git_state(), "code": code_sha256(), "weights": voice.weights_id},
         **{"profile": profile, "parameters": parameters, "keys": keys},
         **{**row_context(voice.device), "cores": os.cpu_count()},
         **{"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: versions.get(package) for package in PACKAGES},
     }
     write_text(Path(folder) / "provenance.json", json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return whole[name]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
