@@ -143,6 +143,6 @@ def test_two_launched_processes_make_the_table_of_one(fake, fake_environment, tm
     assert {path.name for path in out.glob("*.ipynb")} == {"01_table1.ipynb"}
     rows = rows_of(tmp_path, "table1")
     assert len(rows) == 9 and {row["processes"] for row in rows} == {2}
-    systems = studies.table1(0.4, 3)
+    systems = studies.STUDIES["01_table1"][1]({"tolerance": 0.4, "draft_length": 3})
     alone = run.run(fake, systems, sentences.utterances(3, fake.names), tmp_path / "alone", "table1", repeats=1)
     pd.testing.assert_frame_equal(tables.table1(alone), tables.table1(report.rows_of_run(out, "01_table1")[0]))
