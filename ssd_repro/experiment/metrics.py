@@ -188,7 +188,7 @@ def speaker_similarity(audio: np.ndarray, reference: np.ndarray, rate: int, spea
 
 
 def speaker_embedding(audio: np.ndarray, rate: int, speaker: str = "") -> np.ndarray | None:
-    """Embedding of length 1: GE2E's (256,), or the WavLM ``speaker``'s x-vector; None where there is no speech."""
+    """Of length 1: GE2E's (256,), or the WavLM ``speaker``'s x-vector; None where there is no speech."""
     return _embedding(np.asarray(audio, np.float32).tobytes(), rate, speaker)
 
 

@@ -126,7 +126,7 @@ def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str
     """Each notebook's parameters: those it declares, of the profile and then of the options -p."""
     known = {path: declared(path) for path in notebooks}
     about = {name: parameter for parameters in known.values() for name, parameter in parameters.items()}
-    check_names([name for name, _ in options], about)
+    check_names(dict(options), about)
     kinds = {name: parameter["inferred_type_name"] for name, parameter in about.items()}
     given = {name: as_declared(name, kinds[name], text, is_text=True) for name, text in options}
     values = {name: value for name, value in profile.items() if name in about} | given
@@ -149,7 +149,6 @@ def run_notebooks(
         raise InputError(f"--out {out} is a file: give the name of a folder")
     if processes < 1:
         raise InputError(f"--processes must be a whole number of at least 1, got {processes}")
-
     os.environ.setdefault("PYTHONWARNINGS", QUIET)
     with locked(folder / ".run.lock") if is_first() else nullcontext():
         if is_launched() or processes > 1:
@@ -167,22 +166,16 @@ def defaults(path: Path) -> dict:
 
 
 def execute(source: Path, out: Path, parameters: dict) -> int:
-    """Run one notebook into ``out``; only a finished one gets its own name. -> exit code."""
+    """Only a finished notebook gets its own name in ``out``. -> exit code."""
     import papermill
 
     running, failed, done = (out / f"{source.stem}.{end}" for end in ("running.ipynb", "failed.ipynb", "ipynb"))
     print(f"{source.stem} -> {done}", file=sys.stderr)
     try:
-        papermill.execute_notebook(
-            str(source),
-            str(running),
-            parameters,
-            kernel_name="python3",
-            language="python",
-            stderr_file=sys.stderr,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
-            shutdown_kernel="immediate",  # it would print tracebacks if it were asked to end while it decodes
-        )
+        # a kernel that is asked to end while it decodes would print tracebacks
+        kernel = {"kernel_name": "python3", "language": "python", "shutdown_kernel": "immediate"}
+        quiet = {"stderr_file": sys.stderr, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+        papermill.execute_notebook(str(source), str(running), parameters, **kernel, **quiet)
     except papermill.PapermillExecutionError as error:
         os.replace(running, failed)
         about = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue} (kept as {failed})"

@@ -164,7 +164,7 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
 
 
 def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:
-    """One sentence under a table: hardware, command, commit, and the folder, seen from the checkout or from here."""
+    """One sentence under a table: hardware, command, commit, and the folder."""
     commit = (about["commit"] or "unknown")[:10] + (" with local changes" if about["dirty"] else "")
     processes, threads = rows.processes.max(), f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
     command = f"ssd-repro run --profile {about['profile']}"
@@ -205,7 +205,6 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
 
 
 def put_between(text: str, name: str, inside: str) -> str:
-    """Replace what stands between <!-- name --> and <!-- /name -->."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     made, count = re.subn(
         f"{begin}.*?{end}", lambda _: f"{begin}\n{inside.strip()}\n{end}", text, count=1, flags=re.DOTALL

@@ -59,8 +59,7 @@ def baseline_fields(takes: list) -> dict:
 
 
 def _median(seconds) -> float:
-    """To the microsecond."""
-    return round(statistics.median(seconds), 6)
+    return round(statistics.median(seconds), 6)  # to the microsecond
 
 
 def token_kinds(take) -> str:
@@ -90,10 +89,7 @@ def count_empty(rows: pd.DataFrame) -> int:
 
 
 def row_settings(system: System, utterance: Utterance, context: dict, models: dict) -> dict:
-    """What a row is of, under its key; ``models``: those that score it, of no weight where it is not scored.
-
-    The key of a scored row begins with the key of the same decoding unscored.
-    """
+    """What a row is of, under its key, which of a scored row begins with that of the same decoding unscored."""
     decoding = {**asdict(system), **asdict(utterance), **context}
     unscored = key(decoding | {"scored": False})
     if not system.scored:
@@ -107,10 +103,7 @@ def key(settings: dict) -> str:
 
 @contextmanager
 def locked_rows(folder, name: str, rank: int = 0, world: int = 1):
-    """The rows file that this process alone may write, without a half-written line; of one process, all parts merged.
-
-    Rank 0 locks ``name`` itself, alone or among many.
-    """
+    """The rows file that this process alone may write, without half a last line; of one process, all parts merged."""
     path = Path(folder) / "rows" / (f"{name}.jsonl" if world == 1 else f"{name}.rank{rank}.jsonl")
     with locked(path.with_name(f"{name}.rank{rank}.lock" if rank else f"{name}.lock")):
         drop_half_line(path)

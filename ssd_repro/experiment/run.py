@@ -65,7 +65,10 @@ def run(
     with locked_rows(folder, name, rank, world) as path:
         known = rows_of_folder(folder)
         jobs = _plan(voice, systems, utterances[rank::world], known, repeats, models)
-        _warm_up(voice, jobs, whisper, speaker)
+        if voice.audible and any(system.scored for job in jobs for system in job.missing):
+            metrics.load(whisper, speaker)  # one that is missing is known before any work
+        for system in dict.fromkeys(system for job in jobs for system in job.order):
+            voice.speak(WARM_UP, voice=jobs[0].utterance.voice, seed=0, **system.arguments())
         wait_for_all()  # nobody is timed while another warms up
         for first in progress(blocks):
             timed = [(job, *_decode(voice, job, repeats, load)) for job in jobs[first : first + block]]
@@ -92,14 +95,6 @@ def _plan(voice, systems: list[System], utterances, known: dict, repeats: int, m
         missing = [system for system in systems if settings[system]["key"] not in known]
         jobs.append(Job(utterance, settings, missing, turn_order(systems, missing, turn)))
     return jobs
-
-
-def _warm_up(voice, jobs: list[Job], whisper: str, speaker: str) -> None:
-    """Fail early if a metric model is missing; then decode a short text with every system that will decode."""
-    if voice.audible and any(system.scored for job in jobs for system in job.missing):
-        metrics.load(whisper, speaker)
-    for system in dict.fromkeys(system for job in jobs for system in job.order):
-        voice.speak(WARM_UP, voice=jobs[0].utterance.voice, seed=0, **system.arguments())
 
 
 def _decode(voice, job: Job, repeats: int, load: LoadMeter) -> tuple[dict[System, list], float]:

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, replace
 class System:
     """One way of decoding, and whether its sound is scored.
 
-    tolerance, draft_length: of the speculative method alone. temperature: of the sampler, for
-    draft and target; None is the voice's own. scored: with WER, DNSMOS and speaker similarity.
+    tolerance, draft_length: of the speculative method alone. temperature: of draft and target; None is the voice's own.
     """
 
     method: str

@@ -96,14 +96,14 @@ def _one_row_per_system(name: str, systems: dict) -> pd.DataFrame:
 
 
 def table1(rows: pd.DataFrame) -> pd.DataFrame:
-    """Autoregressive, draft and SSD beside the paper's: rows of one run -> one row per system."""
+    """Autoregressive, draft and SSD."""
     base = of_method(rows, "autoregressive")
     systems = {name: paired(of_method(rows, method), base)[0] for method, name in NAMES.items()}
     return _one_row_per_system("system", systems)
 
 
 def table3(rows: pd.DataFrame) -> pd.DataFrame:
-    """The autoregressive target, then SSD, one row per beta; the paper's beside it."""
+    """The autoregressive target, then SSD, one row per beta."""
     base = of_method(rows, "autoregressive")
     over_beta = of_method(rows, "speculative").groupby("tolerance")
     systems = {f"{beta:g}": paired(ours, base)[0] for beta, ours in over_beta}
@@ -132,16 +132,12 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:
-    """Where the time of a synthesis goes, one row per method: PHASES in seconds per second of audio, RTF, shares.
-
-    Where the draft decodes alone, what the loop calls 'verify' is the draft's work.
-    """
+    """Where the time of a synthesis goes, one row per method: PHASES in seconds per second of audio, RTF, shares."""
     lines = []
-    for method in [method for method in NAMES if (rows.method == method).any()]:
-        ours = of_method(rows, method)
+    for method, ours in ((method, rows[rows.method == method]) for method in NAMES if method in set(rows.method)):
         spent = pd.DataFrame(list(ours.seconds)).reindex(columns=PHASES).fillna(0.0).sum()
         spent /= ours.audio_seconds.sum() or np.nan
-        if method == "draft":
+        if method == "draft":  # alone: what the loop calls 'verify' is its work
             spent["draft"], spent["verify"] = spent["draft"] + spent["verify"], 0.0
         whole = spent.sum(skipna=False)
         shares = {f"{phase} share %": 100 * seconds / whole for phase, seconds in spent.items()}
