@@ -48,10 +48,7 @@ def _sizes(config: Qwen2Config) -> dict[str, int]:
 
 
 def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, facts: dict) -> None:
-    """Write codec, target and the draft's own weights as fp16, and voice.json with ``facts``.
-
-    Of the draft only what it does not share with the target is stored.
-    """
+    """Write codec, target and what the draft does not share with it as fp16, and voice.json with ``facts``."""
     states = (codec.state_dict(), target.state_dict(), own_parameters(draft))
     digests = {
         f"{part}.safetensors": _write_tensors(folder / f"{part}.safetensors", state, torch.float16)
@@ -80,8 +77,8 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
     states = [_read_tensors(file, about["sha256"].get(file.name), path) for file in files]
     codec = Codec(CodecConfig(**about["codec"]))
     target = SpeechLM(small_qwen2(**about["target"]), about["speech_vocab"])
-    fill(codec, states[0], files[0])
-    fill(target, states[1], files[1])
+    _fill(codec, states[0], files[0])
+    _fill(target, states[1], files[1])
     return codec.eval(), target.eval(), _draft(target, about["draft"], states[2], files[2]), about
 
 
@@ -159,13 +156,10 @@ def _read_tensors(path: Path, vouched: str | None, description: Path) -> dict[st
     return safetensors.torch.load_file(path)
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], path: Path, assign: bool = False) -> None:
-    """Copy ``state``, read from ``path``, into the module, or ``assign`` its tensors to it.
-
-    InputError if names or shapes differ.
-    """
+def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Copy ``state``, read from ``path``, into the module; InputError if names or shapes differ."""
     try:
-        module.load_state_dict(state, assign=assign)
+        module.load_state_dict(state)
     except RuntimeError as error:
         faults = textwrap.shorten(" ".join(str(error).splitlines()[1:]), 300)
         raise InputError(f"{path} holds other tensors than the model that its folder describes: {faults}") from None
@@ -175,5 +169,5 @@ def _draft(target: SpeechLM, layers: dict[str, int], own: dict[str, Tensor], pat
     """The target's draft with its ``own`` weights, read from ``path``."""
     draft = make_draft(target, **layers)
     names = own_parameters(draft)
-    fill(draft, own | {name: value for name, value in draft.state_dict().items() if name not in names}, path)
+    _fill(draft, own | {name: value for name, value in draft.state_dict().items() if name not in names}, path)
     return draft.eval()

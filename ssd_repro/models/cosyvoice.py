@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +86,12 @@ class CosyVoiceLM(SpeechLM):
         version 3 finds no <|endofprompt|> (151646) in the texts.
         """
         words = torch.cat((prompt_text, text))
-        rows = self.model.embed_tokens.num_embeddings
         if not len(text):
             raise InputError("the text has no tokens; give at least one.")
-        _check_ids("a text token", words, rows)
-        _check_ids("a prompt speech token", prompt_speech, SPEECH_TOKENS)
+        known = {"a text token": self.model.embed_tokens.num_embeddings, "a prompt speech token": SPEECH_TOKENS}
+        for (name, size), ids in zip(known.items(), (words, prompt_speech), strict=True):
+            for token in ids[(ids < 0) | (ids >= size)][:1].tolist():
+                check_number(name, token, 0, size - 1, whole=True)
         if self.layout.version == 3 and not (words == END_OF_PROMPT).any():
             raise InputError(
                 "CosyVoice 3 needs <|endofprompt|> (text token 151646) in the prompt text or the text, for "
@@ -99,11 +101,6 @@ class CosyVoiceLM(SpeechLM):
         edge = marks(torch.tensor([self.layout.sos, self.layout.task], device=words.device))
         words, speech = self.model.embed_tokens(words), self.speech_embedding(prompt_speech)
         return torch.cat((edge[:1], words, edge[1:], speech))[None]
-
-
-def _check_ids(name: str, ids: Tensor, size: int) -> None:
-    for token in ids[(ids < 0) | (ids >= size)][:1].tolist():
-        check_number(name, token, 0, size - 1, whole=True)
 
 
 # Files
@@ -123,8 +120,8 @@ OUR_NAMES = {"llm.model.model.": "model.", "llm_decoder.": "head."}  # of weight
 THEIR_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
 
 
-def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> CosyVoiceLM:
-    """The language model of CosyVoice 2 or Fun-CosyVoice 3, on the CPU, in eval mode.
+def load_cosyvoice(path: str | Path) -> CosyVoiceLM:
+    """The language model of CosyVoice 2 or Fun-CosyVoice 3, in fp32 on the CPU, in eval mode.
 
     path: a released model's folder (llm.pt, CosyVoice-BlankEN/config.json), one .pt file of
     it (llm.rl.pt), or a folder in the Hugging Face form of upstream's
@@ -134,9 +131,9 @@ def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> Cosy
     path = Path(path)
     file = path / "llm.pt" if path.is_dir() else path
     if file.is_file():
-        return _load_released(file, dtype)
+        return _load_released(file)
     if (path / "config.json").is_file():
-        return _load_converted(path, dtype)
+        return _load_converted(path)
     what = "holds neither llm.pt nor config.json" if path.is_dir() else "does not exist"
     raise InputError(
         f"{path} {what}: give a folder of CosyVoice 2 or Fun-CosyVoice 3 (llm.pt, {TEXT_MODEL}/config.json), a .pt "
@@ -144,24 +141,20 @@ def load_cosyvoice(path: str | Path, dtype: torch.dtype = torch.float32) -> Cosy
     )
 
 
-def _load_released(path: Path, dtype: torch.dtype) -> CosyVoiceLM:
+def _load_released(path: Path) -> CosyVoiceLM:
     """llm.pt: the state dict of upstream's Qwen2LM (2) or CosyVoice3LM (3)."""
     theirs = _read_pt(path)
     layout = _layout(theirs, path)
     theirs.pop("llm.model.lm_head.weight", None)  # the head of text: never used for speech
     state = {_renamed(name, OUR_NAMES): value for name, value in theirs.items()}
-    about, bias = path.parent / TEXT_MODEL / "config.json", layout.version == 2
+    about, lacking = path.parent / TEXT_MODEL / "config.json", ""
     if about.is_file():
-        return _assemble(_read_config(about), layout, bias, state, path, THEIR_NAMES, dtype)
-    rows = len(state.get("model.embed_tokens.weight", ()))
-    try:  # heads and rotations leave no trace in the shapes
+        config = _read_config(about)
+    else:  # heads and rotations leave no trace in the shapes
+        rows = len(state.get("model.embed_tokens.weight", ()))
         config = Qwen2Config(**QWEN2_05B, vocab_size=rows, attn_implementation="sdpa")
-        return _assemble(config, layout, bias, state, path, THEIR_NAMES, dtype)
-    except InputError as error:
-        raise InputError(
-            f"{about} is missing and the weights are not of Qwen2.5-0.5B's shape: put the config.json of its Qwen2 "
-            f"there ({error})"
-        ) from None
+        lacking = f"{about} is missing and the weights are not of Qwen2.5-0.5B's shape: put it there; "
+    return _assemble(config, layout, layout.version == 2, state, f"{lacking}{path}", THEIR_NAMES)
 
 
 def _renamed(name: str, beginnings: dict[str, str]) -> str:
@@ -169,7 +162,7 @@ def _renamed(name: str, beginnings: dict[str, str]) -> str:
     return beginnings.get(old, "") + name.removeprefix(old)
 
 
-def _load_converted(folder: Path, dtype: torch.dtype) -> CosyVoiceLM:
+def _load_converted(folder: Path) -> CosyVoiceLM:
     """Speech tokens as text tokens <|s_0|>, ...: rows of embed_tokens and lm_head, cut out again."""
     config = _read_config(folder / "config.json")
     if config.vocab_size in [layout.vocab for layout in LAYOUTS.values()]:
@@ -179,51 +172,47 @@ def _load_converted(folder: Path, dtype: torch.dtype) -> CosyVoiceLM:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no readable tokenizer ({first_line(error)}): convert the model again") from None
     if "<|s_0|>" not in words:
-        raise InputError(
-            f"{folder} is no converted CosyVoice: its tokenizer lacks <|s_0|>; for a released model give the folder "
-            "that holds llm.pt"
-        )
+        raise InputError(f"{folder} is no converted CosyVoice: its tokenizer lacks <|s_0|>; of a release give llm.pt")
     state = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
+        with _readable(file):
             state |= load_file(file)
-        except SafetensorError as error:
-            raise InputError(
-                f"{file} cannot be read ({first_line(error)}): it is cut or another kind of file"
-            ) from None
     first, layout = words["<|s_0|>"], LAYOUTS[3 if "<|fill|>" in words else 2]
     end, marks = first + layout.vocab, 2 * (layout.version == 2)  # version 2 has its marks behind the speech tokens
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         rows = len(state.get(name, ()))
         if rows < end + marks:
             raise InputError(f"{folder}: {name} has {rows} rows, too few for its speech tokens {first} to {end - 1}")
-    table, bias = state.pop("model.embed_tokens.weight"), state.pop("lm_head.bias", None)
+    table = state["model.embed_tokens.weight"]
     state["model.embed_tokens.weight"], state["speech_embedding.weight"] = table[:first], table[first:end]
-    state["head.weight"] = state.pop("lm_head.weight")[first:end]
-    if bias is not None:
-        state["head.bias"] = bias[first:end]
+    for name in {"lm_head.weight", "lm_head.bias"} & state.keys():
+        state[name.removeprefix("lm_")] = state.pop(name)[first:end]
     if marks:
         state["llm_embedding.weight"] = table[end : end + marks]
     config.vocab_size = first
-    return _assemble(config, layout, bias is not None, state, folder, {}, dtype)
+    return _assemble(config, layout, "head.bias" in state, state, str(folder), {})
+
+
+@contextmanager
+def _readable(path: Path):
+    try:
+        yield
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint of tensors ({first_line(error)}): it is cut or another kind of file"
+        ) from None
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             raise InputError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull there")
-    try:
+    with _readable(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read as a checkpoint of tensors ({first_line(error)}): it is cut or another kind of file"
-        ) from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}; llm.pt holds a dict of tensors")
-    for name in ("epoch", "step"):  # upstream's trainer adds them
-        state.pop(name, None)
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
+    state = {name: value for name, value in state.items() if name not in ("epoch", "step")}  # upstream's trainer's
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise InputError(f"{path}: {_some(strange)} is no tensor; llm.pt holds tensors alone")
     return state
 
@@ -252,33 +241,29 @@ def _read_config(path: Path) -> Qwen2Config:
     return config
 
 
-def _assemble(
-    config: Qwen2Config, layout: Layout, bias: bool, state: dict, path: Path, names: dict, dtype: torch.dtype
-) -> CosyVoiceLM:
+def _assemble(config: Qwen2Config, layout: Layout, bias: bool, state: dict, path: str, names: dict) -> CosyVoiceLM:
     """Weights in our names -> the model; InputError with the file's ``names`` if they do not fit."""
     with torch.device("meta"):
         lm = CosyVoiceLM(Qwen2Model(config), layout, bias)
-    expected = {name: tuple(value.shape) for name, value in lm.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
+    expected, found = ({name: tuple(v.shape) for name, v in s.items()} for s in (lm.state_dict(), state))
+    differ = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     wrong = {
-        "lacks": [_renamed(name, names) for name in expected.keys() - found.keys()],
-        "has, unexpectedly,": [_renamed(name, names) for name in found.keys() - expected.keys()],
-        "has the wrong shape in": [
-            f"{_renamed(name, names)} {found[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
+        "lacks": expected.keys() - found.keys(),
+        "has, unexpectedly,": found.keys() - expected.keys(),
+        "has the wrong shape in": [f"{name} {found[name]} instead of {expected[name]}" for name in differ],
     }
-    faults = "; ".join(f"{fault} {_some(sorted(names))}" for fault, names in wrong.items() if names)
+    faults = "; ".join(
+        f"{what} {_some(_renamed(name, names) for name in wrong[what])}" for what in wrong if wrong[what]
+    )
     if faults:
         raise InputError(f"{path} is no whole language model of CosyVoice {layout.version}: it {faults}")
-    lm.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+    lm.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     lm.model.rotary_emb = type(lm.model.rotary_emb)(lm.model.config)  # no weight: computed
     return lm.eval()
 
 
 def _some(names) -> str:
     """The first three names, and how many more."""
-    names = list(names)
+    names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -11,7 +11,7 @@ from .speech_lm import SpeechLM
 
 
 def own_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
-    """Of a draft of ``make_draft``: what it does not share with its target."""
+    """What a draft of ``make_draft`` does not share with its target."""
     return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
 
 

@@ -49,12 +49,11 @@ class Bundled:
         return read_audio(self.folder / "references" / self.about["references"][voice], SAMPLE_RATE)
 
     def utterances(self, count: int, seed: int = 0) -> list[Utterance]:
-        """The first ``count`` held-out sentences, the voices in turn (``sentences.utterances``)."""
         return utterances(count, self.names, seed)
 
 
 def decode_config(phones: int, ratio: tuple[float, float], stop_ids: tuple[int, ...], **fields) -> DecodeConfig:
     """Upstream's rule of lengths with our ``ratio``: least and most speech tokens for each text token."""
-    low, high = ratio
-    lengths = {"max_tokens": math.ceil(phones * high) + TOKEN_RATE, "min_tokens": math.floor(phones * low)}
+    low, high = (phones * each for each in ratio)
+    lengths = {"max_tokens": math.ceil(high) + TOKEN_RATE, "min_tokens": math.floor(low)}
     return DecodeConfig(**({"stop_ids": stop_ids} | lengths | fields))

@@ -13,14 +13,9 @@ from pathlib import Path
 from ..errors import InputError, first_line
 from ..files import cache_folder
 
-SECONDS = (4.0, 10.0)  # of sentences and prompts, as zero-shot papers choose from LibriSpeech test-clean
-HUB_SUBSET = ("clean", "test.clean")  # configuration and split of mythicinfinity/libritts
-
 
 @dataclass(frozen=True)
 class Spoken:
-    """One utterance of a reader."""
-
     id: str
     speaker: str
     text: str
@@ -42,23 +37,20 @@ def index(source: str | Path) -> dict[str, Spoken]:
             if audio.is_file():
                 found[name] = Spoken(name, name.split("_")[0], " ".join(text.read_text("utf-8").split()), audio)
     if not found:
-        raise InputError(
-            f"{source} has no <speaker>/<chapter>/<id>.wav with its <id>.normalized.txt: give the folder of a "
-            "LibriTTS subset, such as LibriTTS/test-clean"
-        )
+        raise InputError(f"{source} has no <speaker>/<chapter>/<id>.wav with its <id>.normalized.txt, as LibriTTS has")
     return found
 
 
 def pairs(known: dict[str, Spoken], count: int, seed: int = 0) -> list[tuple[Spoken, Spoken]]:
     """``count`` times (what is to be said, the prompt), by ``seed`` alone.
 
-    The speakers take turns, so each has as many as the next while theirs last; a prompt is
-    another utterance of the same speaker. Both last 4 to 10 s. InputError if there are fewer.
+    The speakers take turns while theirs last; a prompt is another utterance of the same speaker. Both last 4 to
+    10 s, as zero-shot papers choose from LibriSpeech test-clean. InputError if there are fewer.
     """
     dice = random.Random(seed)
     speakers: dict[str, list[Spoken]] = {}
     for utterance in known.values():
-        if SECONDS[0] <= seconds(utterance.audio) <= SECONDS[1]:
+        if 4 <= seconds(utterance.audio) <= 10:
             speakers.setdefault(utterance.speaker, []).append(utterance)
     speakers = {name: own for name, own in sorted(speakers.items()) if len(own) > 1}
     for own in speakers.values():
@@ -87,13 +79,12 @@ def from_hub(name: str) -> Path:
     try:
         import datasets
 
-        rows = datasets.load_dataset(name, HUB_SUBSET[0], split=HUB_SUBSET[1])
+        rows = datasets.load_dataset(name, "clean", split="test.clean")  # as mythicinfinity/libritts names it
         rows = rows.cast_column("audio", datasets.Audio(decode=False))
     except Exception as error:  # of the package, the network, the name
         raise InputError(
             f"{name} is no folder, and no dataset of the hub that can be read here ({first_line(error)}): give the "
-            "folder of LibriTTS test-clean, or a hub name such as mythicinfinity/libritts, for which you need to "
-            "`pip install datasets`"
+            "folder of LibriTTS test-clean, or a hub name such as mythicinfinity/libritts after `pip install datasets`"
         ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:

@@ -11,8 +11,6 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Utterance:
-    """What is spoken, by whom, with which seed."""
-
     text_id: str
     text: str
     voice: str

@@ -52,7 +52,6 @@ class Take:
 
     @property
     def synthesis_seconds(self) -> float:
-        """Seconds of the whole synthesis, from text to sound."""
         return sum(self.seconds.values())
 
     @property

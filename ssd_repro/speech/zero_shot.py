@@ -80,8 +80,7 @@ class Upstream(ZeroShot):
         except ImportError as error:
             raise InputError(
                 f"upstream's package cosyvoice cannot be imported ({error}): put a clone of FunAudioLLM/CosyVoice and "
-                "its third_party/Matcha-TTS on PYTHONPATH and install what it needs, or choose front_end tokens "
-                "(no sound, the language model's numbers alone)"
+                "its third_party/Matcha-TTS on PYTHONPATH and install its needs, or choose front_end tokens (no sound)"
             ) from None
         super().__init__(version, known)
         cosyvoice = AutoModel(model_dir=str(folder))
@@ -127,9 +126,9 @@ class Tokens(ZeroShot):
         import onnxruntime
         from transformers import AutoTokenizer, WhisperFeatureExtractor
 
-        for name in (f"speech_tokenizer_v{version}.onnx", TEXT_MODEL):
-            if not (folder / name).exists():
-                raise InputError(f"{folder} lacks {name}: give the whole folder of the released model")
+        model = folder / f"speech_tokenizer_v{version}.onnx"
+        if not model.exists():
+            raise InputError(f"{folder} lacks {model.name}: give the whole folder of the released model")
         try:
             self.words = AutoTokenizer.from_pretrained(folder / TEXT_MODEL, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -140,7 +139,6 @@ class Tokens(ZeroShot):
         self.mel = WhisperFeatureExtractor(feature_size=128)
         cuda = ("CUDAExecutionProvider", {"device_id": int(os.environ.get("LOCAL_RANK", "0"))})
         kinds = [cuda] if cuda[0] in onnxruntime.get_available_providers() else []
-        model = folder / f"speech_tokenizer_v{version}.onnx"
         self.tokenizer = onnxruntime.InferenceSession(model, providers=[*kinds, "CPUExecutionProvider"])
 
     def pieces(self, text: str, voice: str = "") -> list[list[int]]:
@@ -155,8 +153,7 @@ class Tokens(ZeroShot):
         """25 for each second, of at most 30 s. InputError for longer audio."""
         sound = read_audio(audio, TOKENIZER_RATE)
         if len(sound) > 30 * TOKENIZER_RATE:
-            lasts = len(sound) / TOKENIZER_RATE
-            raise InputError(f"{audio} lasts {lasts:.1f} s: the speech tokenizer reads at most 30 s")
+            raise InputError(f"{audio} is too long: the speech tokenizer reads at most 30 s")
         mel = self.mel(sound, sampling_rate=TOKENIZER_RATE, padding="do_not_pad", return_tensors="np")
         mel = mel.input_features.astype(np.float32)
         feats, length = (given.name for given in self.tokenizer.get_inputs())

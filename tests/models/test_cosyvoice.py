@@ -75,7 +75,7 @@ def test_loaded_logits_are_those_of_upstreams_modules(version, form, tmp_path):
 
 def test_a_converted_head_without_bias_and_another_dtype(tmp_path):
     upstream = Upstream(2)
-    lm = load_cosyvoice(save_converted(tmp_path, upstream, head_bias=False), torch.bfloat16)
+    lm = load_cosyvoice(save_converted(tmp_path, upstream, head_bias=False)).cast("bf16")
     assert lm.head.bias is None
     assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(lm.head.weight, upstream.llm_decoder.weight.bfloat16())
@@ -428,7 +428,7 @@ def test_what_accelerate_refuses(released):
     with pytest.raises(InputError, match=r"speech vocabulary.* is \(6761, 32\)"):
         accelerate(cosyvoice, make_draft(load_cosyvoice(released[3])))
     with pytest.raises(InputError, match="torch.bfloat16 on cpu, the target.s"):
-        accelerate(cosyvoice, make_draft(load_cosyvoice(released[2], torch.bfloat16)))
+        accelerate(cosyvoice, make_draft(load_cosyvoice(released[2]).cast("bf16")))
     with pytest.raises(InputError, match="draft is 7"):
         accelerate(cosyvoice, 7)
     with pytest.raises(InputError, match="tolerance is 1.5"):
