@@ -115,11 +115,15 @@ def _joined(parts: list[Path]) -> Path:
 @lru_cache(maxsize=1)
 def _whisper(name: str, device: str):
     folder = str(find_whisper(name))
+    import torch
     from faster_whisper import WhisperModel
 
+    threads = torch.get_num_threads()
     gpu, kind = (0, "int8") if device == "cpu" else (int(os.environ.get("LOCAL_RANK", "0")), "float16")
     with _loading(f"the Whisper model {folder!r}", WHISPER_HELP):
-        return WhisperModel(folder, device=device, device_index=gpu, compute_type=kind)
+        model = WhisperModel(folder, device=device, device_index=gpu, compute_type=kind)
+    torch.set_num_threads(threads)  # CTranslate2 sets torch's to its own, and what is timed later would run on them
+    return model
 
 
 def transcribe(audio: np.ndarray, rate: int, whisper: str = "") -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ssd_repro import files
 from ssd_repro.errors import InputError
@@ -146,6 +147,18 @@ def test_the_metrics_of_stored_audio_stay_as_they_are(name):
 def test_a_whisper_that_cannot_be_loaded_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="cannot load the Whisper model"):
         metrics.transcribe(voiced(1.0), RATE, str(tmp_path))
+
+
+def test_loading_whisper_leaves_torchs_threads_alone():
+    """CTranslate2 sets them: a voice that decodes in one thread was then timed in two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        metrics._whisper.cache_clear()
+        metrics.load()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_two_halves_are_joined_once_and_again_if_cut_short(monkeypatch, tmp_path):

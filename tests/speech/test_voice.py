@@ -259,9 +259,10 @@ def test_threads_that_the_user_sets_are_left_alone(threads):
 
 
 def test_nothing_but_load_sets_torchs_threads():
+    """Loading Whisper puts them back: CTranslate2 had set them (test_metrics)."""
     package = Path(ssd_repro.__file__).parent
     found = [path for path in package.rglob("*.py") if "set_num_threads" in path.read_text()]
-    assert found == [package / "speech" / "load.py"]
+    assert set(found) == {package / "speech" / "load.py", package / "experiment" / "metrics.py"}
 
 
 @pytest.mark.parametrize(
