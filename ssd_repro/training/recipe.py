@@ -47,7 +47,7 @@ def open_corpus(corpus_folder: str, work: Path) -> Corpus:
 
 
 def tokens_path(tokens: str, work: Path) -> Path:
-    """Speech tokens; the bundled ones are 2,074 items of data/corpus.csv: target and draft need no teacher then."""
+    """Speech tokens; the bundled ones are 3,626 items of data/corpus.csv: target and draft need no teacher then."""
     path = resolve(tokens, MANIFEST.with_name("tokens.jsonl.gz"), work / "tokens.jsonl")
     if not path.is_file():
         raise InputError(f'{path} is missing: run notebook 11 first, or set tokens to "bundled"')
