@@ -48,6 +48,7 @@ def _group(**where):
 
     dist.init_process_group("gloo", timeout=timedelta(days=30), **where)  # a share may take hours longer than another
     try:
+        dist.barrier()  # one that failed at once would leave the others in the middle of connecting
         yield
         dist.barrier()
     finally:
