@@ -57,7 +57,8 @@ def findings(rows: pd.DataFrame) -> str:
             f"costs {draft}, a verification {verify} target steps. These predict a speed-up per token of "
             f"{_range(found.costs)}; measured: {_range(found.measured)}."
         ]
-    machines = (rows.chip + " (" + rows.device + ", " + rows.precision + ")").unique()
+    runtime = ", " + rows.runtime if "runtime" in rows else ""  # rows from before there was a choice are eager
+    machines = (rows.chip + " (" + rows.device + runtime + ", " + rows.precision + ")").unique()
     said.append(f"Timed on {' and '.join(machines)}.")
     if len(scored := rows[rows.words.notna()]):
         said.append(f"WER by Whisper {_names(scored.whisper)}, SS by {_names(scored.speaker)}.")

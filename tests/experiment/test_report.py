@@ -126,6 +126,7 @@ def test_findings_say_what_the_rows_show_and_nothing_else():
     text = report.findings(elsewhere)
     assert text.startswith("SSD, beta 0.2, L_d 5: 0.90 of") and "costs 0.10, a verification 1.10 target" in text
     assert text.endswith("Timed on H100 w/ SXM (cuda, bf16). WER by Whisper large-v3, SS by GE2E.")
+    assert "(cuda, graphs, bf16)" in report.findings(elsewhere.assign(runtime="graphs"))
     both = report.findings(pd.concat([here, elsewhere], ignore_index=True))
     assert both.startswith(f"SSD, beta 0.2 to 0.4, L_d 3 to 5: {alpha:.2f} to 0.90 of") and "base and large-v3" in both
     assert "Whisper" not in report.findings(here.assign(words=np.nan))  # nothing was scored
