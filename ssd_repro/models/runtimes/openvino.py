@@ -66,7 +66,7 @@ class OpenVINOLM:
         }
         self.compiled = openvino.Core().compile_model(_graph(lm, precision == "int8"), "CPU", settings)
         self._free: list = []
-        self._angles = torch.zeros(0)
+        self._cos = self._sin = np.zeros((1, 1, 0, 0), np.float32)
 
     def session(self) -> OpenVINOSession:
         """A new sequence; its states return to this model's store when the session is dropped."""
@@ -86,9 +86,8 @@ class OpenVINOLM:
 
     def angles(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines of the rotary embedding, (1, 1, end - begin, head size) both."""
-        if end > len(self._angles):
+        if end > self._cos.shape[2]:
             places = torch.arange(max(ROOM, 2 * end))[None]
-            self._angles = places[0]
             cos, sin = self.lm.model.rotary_emb(torch.zeros(1), places)
             self._cos, self._sin = (x.float().numpy()[:, None] for x in (cos, sin))
         return self._cos[:, :, begin:end], self._sin[:, :, begin:end]
@@ -128,8 +127,10 @@ class OpenVINOSession:
         """Embeddings (1, n, hidden) -> logits (1, last, V) of the last positions."""
         n, past = embeddings.shape[1], self.slots
         self._make_room(past + n)
-        mask = np.tile(self.hidden[: past + n], (n, 1))
-        mask[:, past:][np.triu_indices(n, 1)] = -np.inf
+        mask = self.hidden[None, : past + n]
+        if n > 1:
+            mask = np.repeat(mask, n, 0)
+            mask[:, past:] += _later(n)
         cos, sin = self.model.angles(self.length, self.length + n)
         given = {
             "embeddings": embeddings.float().contiguous().numpy(),
@@ -148,6 +149,12 @@ class OpenVINOSession:
         if slots > len(self.hidden):
             self.hidden, self.slot_of = (np.concatenate((x, np.zeros_like(x))) for x in (self.hidden, self.slot_of))
             self._make_room(slots)
+
+
+@cache
+def _later(n: int) -> np.ndarray:
+    """(n, n): -inf where a position of a block would see a later one."""
+    return np.triu(np.full((n, n), -np.inf, np.float32), 1)
 
 
 def _graph(lm: SpeechLM, int8: bool = False):
