@@ -99,6 +99,8 @@ def renderings(row: dict, prompts: dict[str, dict] | None) -> list[Example]:
     for i, (codes, aligned) in enumerate(zip_longest(row["codes"], row["aligned"])):
         pairs = None if aligned is None else np.array(aligned, np.int32).reshape(len(codes), 2)
         found.append(Example(f"{row['id']}/{i}", speech=_ids("codes", codes), aligned=pairs, **common))
+    if not found:
+        raise ValueError("codes has no rendering")
     return found
 
 

@@ -396,6 +396,7 @@ ROW = {"id": "a", "text_ids": [1, TASK], "speech": [5, 6]}
         ([ROW | {"text_ids": [1.5]}], "text_ids must be a list of token ids"),
         ([ROW | {"prompt_speech": [-1]}], "prompt_speech must be"),
         ([ROW | {"speech": []}], "needs an id"),
+        ([{"id": "a", "voice": VOICES[0], "phones": [11], "codes": [], "aligned": []}], "codes has no rendering"),
         ([{"text_ids": [1], "speech": [5]}], "id is missing"),
         (["{"], "line 1 is not a row"),
         ([["id"]], "line 1 is not a row"),
