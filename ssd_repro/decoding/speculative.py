@@ -141,7 +141,7 @@ def autoregressive(
     on_tokens: OnTokens | None = None,
 ) -> DecodeResult:
     """One token for each forward of the target: rounds without a draft. Arguments as in ``speculative``."""
-    return _collect(stream(target, None, prefix, config, generator), on_tokens)
+    return collect(stream(target, None, prefix, config, generator), on_tokens)
 
 
 def speculative(
@@ -162,10 +162,11 @@ def speculative(
     After each round the target's cache holds the prefix and all tokens but the newest, the
     draft's what ``ModelDrafter`` says. NumericsError if the logits turn NaN.
     """
-    return _collect(stream(target, draft, prefix, config, generator), on_tokens)
+    return collect(stream(target, draft, prefix, config, generator), on_tokens)
 
 
-def _collect(rounds: Generator[list[int], None, DecodeResult], on_tokens: OnTokens | None) -> DecodeResult:
+def collect(rounds: Generator[list[int], None, DecodeResult], on_tokens: OnTokens | None = None) -> DecodeResult:
+    """Run ``stream`` to its end."""
     while True:
         try:
             tokens = next(rounds)

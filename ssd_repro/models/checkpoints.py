@@ -22,6 +22,7 @@ from .speech_lm import SpeechLM, small_qwen2
 BUNDLED = Path(__file__).parents[1] / "weights"
 FORMAT = 2
 PARTS = ("codec", "target", "draft")
+SCALE = ".row_scale"
 DRAFT_FILES = ("draft.json", "draft.safetensors")
 
 
@@ -47,11 +48,16 @@ def _sizes(config: Qwen2Config) -> dict[str, int]:
     }
 
 
-def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, facts: dict) -> None:
-    """Write codec, target and what the draft does not share with it as fp16, and voice.json with ``facts``."""
-    states = (codec.state_dict(), target.state_dict(), own_parameters(draft))
+def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, facts: dict, int8: bool = False) -> None:
+    """Write codec, target and what the draft does not share with it as fp16, and voice.json with ``facts``.
+
+    int8: the matrices of target and draft as whole numbers of one byte with a scale of each row (``pack``).
+    """
+    states = [codec.state_dict(), target.state_dict(), own_parameters(draft)]
     digests = {
-        f"{part}.safetensors": _write_tensors(folder / f"{part}.safetensors", state, torch.float16)
+        f"{part}.safetensors": _write_tensors(
+            folder / f"{part}.safetensors", pack(state) if int8 and part != "codec" else state, torch.float16
+        )
         for part, state in zip(PARTS, states, strict=True)
     }
     about = {
@@ -123,9 +129,30 @@ def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
 
 def _write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> str:
     """Write ``state`` as ``dtype`` -> the file's SHA-256."""
-    content = safetensors.torch.save({name: v.detach().cpu().to(dtype).contiguous() for name, v in state.items()})
+    kept = {name for name in state if f"{name}{SCALE}" in state or name.endswith(SCALE)}
+    stored = {name: v.detach().cpu().to(v.dtype if name in kept else dtype) for name, v in state.items()}
+    content = safetensors.torch.save({name: v.contiguous() for name, v in stored.items()})
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each matrix (m, n) as int8 of -127 .. 127, and beside it NAME.row_scale, float32 (m, 1); all else as it is."""
+    packed = {}
+    for name, value in state.items():
+        if value.dim() == 2:
+            weight = value.detach().cpu().float()
+            packed[name + SCALE] = scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            value = (weight / scale).round().to(torch.int8)
+        packed[name] = value
+    return packed
+
+
+def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What ``pack`` packed, as float32 again; other tensors as they are."""
+    whole = {name: value for name, value in state.items() if not name.endswith(SCALE)}
+    scales = {name: state[name + SCALE] for name in whole if name + SCALE in state}
+    return whole | {name: whole[name].float() * scale for name, scale in scales.items()}
 
 
 def _read_description(path: Path, fields: tuple[str, ...]) -> dict:
@@ -153,7 +180,7 @@ def _read_tensors(path: Path, vouched: str | None, description: Path) -> dict[st
             f"{path} is missing, damaged or from another folder: its SHA-256 is {found[:12]}, {description.name} says "
             f"{str(vouched)[:12]}; copy the whole folder again"
         )
-    return safetensors.torch.load_file(path)
+    return unpack(safetensors.torch.load_file(path))
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

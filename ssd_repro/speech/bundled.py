@@ -23,6 +23,7 @@ class Bundled:
     audible = True
     sample_rate = SAMPLE_RATE
     gap_seconds = 0.2
+    lookahead = 10  # the codec's convolutions reach 9 tokens ahead, WORLD's window another
 
     def __init__(self, codec: Codec, about: dict, folder: Path, device: str = "cpu") -> None:
         self.codec, self.about, self.folder, self.device = codec, about, folder, device

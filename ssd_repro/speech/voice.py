@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from ..decoding.drafters import LanguageModel
 from ..decoding.result import PHASES, Clock, DecodeConfig, DecodeResult
 from ..decoding.sampling import Sampler
-from ..decoding.speculative import autoregressive, speculative
+from ..decoding.speculative import collect, stream
 from ..errors import InputError, check_number
 from ..models.speech_lm import SpeechLM
 from .sentences import Utterance
 from .take import Take
 from .text import check_text
 
+FIRST_CHUNK = 8  # speech tokens
 METHODS = ("autoregressive", "draft", "speculative")
 
 
@@ -33,6 +35,7 @@ class Front(Protocol):
     audible: bool  # False: no waveform is made, and none is measured
     sample_rate: int
     gap_seconds: float  # silence between the pieces of a long text
+    lookahead: int | None  # speech tokens that the sound of a token depends on, after it; None: all of the piece
 
     def pieces(self, text: str, voice: str) -> list[list[int]]:
         """Text token ids of each piece that is spoken at once."""
@@ -154,8 +157,51 @@ class Voice:
             gap_seconds=self.gap_seconds,
         )
 
+    def stream(
+        self,
+        text: str,
+        method: str = "speculative",
+        voice: str = "af_heart",
+        tolerance: float = 0.4,
+        draft_length: int = 3,
+        seed: int = 0,
+        temperature: float | None = None,
+    ) -> Iterator[np.ndarray]:
+        """``speak``'s audio in pieces, as soon as they are final: float32 (samples,); joined they are its audio.
+
+        The first comes after FIRST_CHUNK speech tokens and the front's lookahead; each later one is about as long as
+        all before it, so that making the piece's sound from its beginning again costs no more than twice. Raises
+        InputError.
+        """
+        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature)
+        return self._stream(text, method, voice, tolerance, draft_length, seed, temperature)
+
+    def _stream(self, text, method, voice, tolerance, draft_length, seed, temperature) -> Iterator[np.ndarray]:
+        generator, lookahead = torch.Generator(self.device).manual_seed(seed), self.front.lookahead
+        settings = (method, voice, tolerance, draft_length, generator)
+        pause = np.zeros(0, np.float32)  # before the first piece that has sound
+        for piece in self.front.pieces(text, voice):
+            tokens, sent, due = [], 0, math.inf if lookahead is None else FIRST_CHUNK + lookahead
+            for new in self.rounds(piece, *settings, **self._sampling(temperature)):
+                tokens += new
+                if len(tokens) >= due:
+                    audio = self.vocode(tuple(tokens), voice)
+                    final = len(audio) * (len(tokens) - lookahead) // len(tokens)
+                    yield audio[sent:final] if sent else np.concatenate((pause, audio[:final]))
+                    sent, due = final, 2 * len(tokens)
+            if tokens:
+                audio = self.vocode(tuple(tokens), voice)
+                yield audio[sent:] if sent else np.concatenate((pause, audio))
+                pause = np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
+
     def decode(self, piece, method, voice, tolerance, draft_length, generator, on_tokens=None, **other) -> DecodeResult:
-        """Speech tokens of one piece's text token ids; ``other`` replaces decoding settings.
+        """Speech tokens of one piece's text token ids; ``other`` replaces decoding settings."""
+        return collect(self.rounds(piece, method, voice, tolerance, draft_length, generator, **other), on_tokens)
+
+    def rounds(
+        self, piece, method, voice, tolerance, draft_length, generator, **other
+    ) -> Generator[list[int], None, DecodeResult]:
+        """``decode`` round by round: yields the new speech tokens of each, returns the result.
 
         Embedding the prompt counts as prefill; what a front prepares once for each of its voices does not.
         """
@@ -165,9 +211,7 @@ class Voice:
         prefix = self.prefix(piece, voice)
         clock.lap("prefill")
         target, draft = self.models
-        if method == "speculative":
-            result = speculative(target, draft, prefix, config, generator, on_tokens)
-        else:
-            result = autoregressive(draft if method == "draft" else target, prefix, config, generator, on_tokens)
+        models = {"autoregressive": (target, None), "draft": (draft, None), "speculative": (target, draft)}[method]
+        result = yield from stream(*models, prefix, config, generator)
         prefill = result.seconds["prefill"] + clock.seconds()["prefill"]
         return replace(result, seconds=result.seconds | {"prefill": prefill})

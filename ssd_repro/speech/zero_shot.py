@@ -47,6 +47,7 @@ class ZeroShot:
     """
 
     gap_seconds = 0.0  # upstream joins its pieces without a pause
+    lookahead = None
 
     def __init__(self, version: int, known: dict[str, libritts.Spoken] | None = None) -> None:
         self.version, self.known, self.sampler = version, known or {}, Sampler()

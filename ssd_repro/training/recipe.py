@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +23,8 @@ from ..speech.text import VOICES
 from .codec import Features, Hint, featurise
 from .corpus import MANIFEST, Corpus, write_metadata
 from .data import Example
+from .grow import grow
+from .target import TargetOptions
 
 # Chosen once, by notebook 15's sweep, before any speculative result was looked at.
 SAMPLER = Sampler(ras_tau=0.3, temperature=0.8)
@@ -61,12 +64,17 @@ def voice_to_begin_from(begin: str) -> tuple[Path, Codec, SpeechLM, dict]:
     return folder, codec, target, about
 
 
-def target_to_begin_from(begin: str, average: float) -> SpeechLM | None:
-    """Notebook 12's start; ``average``, the part that it has in the result, needs one. None: random weights."""
+def target_to_begin_from(begin: str, average: float, options: TargetOptions) -> SpeechLM | None:
+    """Notebook 12's start, grown to the sizes of ``options``; None: random weights.
+
+    ``average``, the part that it has in the result, needs one.
+    """
     check_number("average", average, 0.0, 1.0)
     if average and not begin:
         raise InputError(f"average is {average} and begin is empty: an average needs a voice folder to begin with")
-    return voice_to_begin_from(begin)[2] if begin else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the start of a run is the same when it goes on
+        return grow(voice_to_begin_from(begin)[2], *options.sizes) if begin else None
 
 
 def find_hint(model: str = "") -> str:

@@ -35,22 +35,28 @@ class TargetOptions:
                   without the middle, as LayerSkip's do (Elhoushi et al. 2024)
     prompted      part of the utterances that stand behind a short one of their voice
     splice        part of the utterances that are cut and joined anew (``splice.splice``)
+    ffn, heads    0: four times the width, and heads of 64 (at least four)
     """
 
-    hidden: int = 256
-    ffn: int = 1024
-    layers: int = 12
-    heads: int = 4
+    hidden: int = 384
+    ffn: int = 0
+    layers: int = 24
+    heads: int = 0
     kv_heads: int = 2
     dropout: float = 0.1
     flip: float = 0.02
-    draft_weight: float = 0.3
+    draft_weight: float = 0.5
     prompted: float = 0.8
     splice: float = 0.4
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        heads = self.heads or max(4, self.hidden // 64)
+        return self.hidden, self.ffn or 4 * self.hidden, self.layers, heads, self.kv_heads
+
     def untrained(self, codec: Codec) -> SpeechLM:
-        sizes = self.hidden, self.ffn, self.layers, self.heads, self.kv_heads, TEXT_VOCABULARY
-        return SpeechLM(small_qwen2(*sizes, max_position_embeddings=4096), codec.config.codebook_size + STOP_TOKENS)
+        model = small_qwen2(*self.sizes, TEXT_VOCABULARY, max_position_embeddings=4096)
+        return SpeechLM(model, codec.config.codebook_size + STOP_TOKENS)
 
 
 class SharedDigits(nn.Module):
@@ -78,7 +84,7 @@ class SharedDigits(nn.Module):
 class TargetTask(Task):
     """A SpeechLM in training: embedding and head over shared digits, auxiliary phone heads, and the draft's layers.
 
-    The phone heads predict, above the draft's bottom layers and from a third and two thirds of the depth,
+    The phone heads predict, halfway through the draft's layers and from a third and two thirds of the depth,
     the phone that the next speech token belongs to and the one after it: attention finds the alignment in
     hundreds of steps, not thousands. ``pieces``: what others are put behind or spliced with.
     """
@@ -98,8 +104,9 @@ class TargetTask(Task):
         nn.init.zeros_(self.lm.head.bias)
         nn.init.normal_(self.lm.model.embed_tokens.weight, std=0.3)
         self.bottom, self.top = draft_layers(options.layers)
-        depths = sorted({self.bottom, options.layers // 3, 2 * options.layers // 3})
-        self.phone_heads = nn.ModuleDict({str(depth): nn.Linear(options.hidden, 2 * len(SYMBOLS)) for depth in depths})
+        depths = {options.layers // 3, 2 * options.layers // 3}
+        heads = {name: nn.Linear(options.hidden, 2 * len(SYMBOLS)) for name in ("draft", *map(str, sorted(depths)))}
+        self.phone_heads = nn.ModuleDict(heads)
         for layer in self.lm.model.layers:
             layer.mlp.register_forward_hook(self._channel_dropout)
 
@@ -154,11 +161,13 @@ class TargetTask(Task):
             masks = {"full_attention": causal}
             whole = model(inputs_embeds=embedded, attention_mask=masks, use_cache=False, output_hidden_states=True)
             short, angles = whole.hidden_states[self.bottom], model.rotary_emb(embedded, places)
-            for layer in model.layers[len(model.layers) - self.top :]:
+            depths = {str(place): hidden for place, hidden in enumerate(whole.hidden_states)}
+            for place, layer in enumerate(model.layers[len(model.layers) - self.top :]):
+                depths |= {"draft": short} if place == self.top // 2 else {}
                 short = layer(short, causal, position_ids=places, position_embeddings=angles)
             ends = (whole.last_hidden_state, model.norm(short))
             q, p = (self.lm.head(hidden[batch.at]).float() for hidden in ends)  # (N, 6564)
-            heads = [head(whole.hidden_states[int(k)][batch.at]).float() for k, head in self.phone_heads.items()]
+            heads = [head(depths[depth][batch.at]).float() for depth, head in self.phone_heads.items()]
             phones = [x.reshape(-1, len(SYMBOLS)) for x in heads]  # (2 N, phones)
         speech, draft = (F.cross_entropy(logits, batch.labels) for logits in (q, p))
         phone = torch.stack([F.cross_entropy(x, batch.phones.flatten(), ignore_index=-1) for x in phones]).mean()
@@ -181,7 +190,7 @@ def train_target(
     out: Path,
     begin: SpeechLM | None = None,
 ) -> tuple[SpeechLM, list[dict]]:
-    """``begin``: whose weights to go on from; None: random ones -> (SpeechLM on the CPU, log rows)."""
+    """``begin``: whose weights to go on from, of these sizes; None: random ones -> (SpeechLM on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
     task = TargetTask(codec, options, learned)
     if begin:

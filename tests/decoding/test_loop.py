@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import PREFIX_EMBEDDINGS, TableLM, exact_law, generator, output_distribution, p_value, tiny_lm
 
-from ssd_repro.decoding import drafters
+from ssd_repro.decoding import drafters, sampling
 from ssd_repro.decoding import speculative as speculative_module
 from ssd_repro.decoding.result import DecodeConfig, NumericsError
 from ssd_repro.decoding.sampling import Sampler, probabilities
@@ -445,7 +445,8 @@ def test_the_counter_of_host_reads_counts(read):
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(ras=False), Sampler(temperature=0)])
 @pytest.mark.parametrize("method", ["autoregressive", "speculative"])
-def test_at_most_one_host_read_a_round(sampler, method):
+def test_at_most_one_host_read_a_round(monkeypatch, sampler, method):
+    monkeypatch.setattr(sampling, "on_host", lambda _: False)  # as on a GPU
     cfg = DecodeConfig(sampler=sampler, max_tokens=30, min_tokens=8, stop_ids=(12,))
     with HostReads() as reads:
         if method == "speculative":
@@ -457,6 +458,7 @@ def test_at_most_one_host_read_a_round(sampler, method):
 
 
 def test_a_read_more_is_noticed(monkeypatch):
+    monkeypatch.setattr(sampling, "on_host", lambda _: False)
     plain = drafters.Tape.probabilities
 
     def curious(tape, logits, first):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import generator, p_value
 
+from ssd_repro.decoding import sampling
 from ssd_repro.decoding.sampling import Sampler, draw, probabilities
 from ssd_repro.errors import InputError
 
@@ -151,3 +152,14 @@ def test_bad_settings_say_so(settings, name):
     with pytest.raises(InputError, match=name) as caught:
         Sampler(**settings)
     assert repr(*settings.values()) in str(caught.value)
+
+
+@pytest.mark.parametrize("masks_repeat", [True, False])
+def test_what_a_cpu_leaves_out_where_nothing_repeats_changes_nothing(monkeypatch, masks_repeat):
+    sampler, rng = Sampler(ras_tau=0.2, ras_masks_repeat=masks_repeat), torch.Generator().manual_seed(0)
+    logits, history = 2 * torch.randn(60, 1, 40, generator=rng), torch.randint(-1, 20, (60, 1, 10), generator=rng)
+    short = [probabilities(*pair, sampler) for pair in zip(logits, history, strict=True)]
+    monkeypatch.setattr(sampling, "on_host", lambda _: False)
+    whole = [probabilities(*pair, sampler) for pair in zip(logits, history, strict=True)]
+    torch.testing.assert_close(torch.stack(short), torch.stack(whole), atol=1e-7, rtol=1e-6)
+    assert 10 < sum(int((p > 0).sum() <= 25) for p in whole) < 50  # both cases are among them

@@ -111,6 +111,26 @@ def test_bad_settings_are_refused_before_any_work(voice, setting, says):
         voice.speak(**{"text": TEXT, **setting})
 
 
+@pytest.mark.parametrize("method", ["autoregressive", "speculative"])
+def test_a_streamed_text_is_the_spoken_one_sample_for_sample_and_begins_early(voice, monkeypatch, method):
+    said, counts = voice.speak(f"{TEXT} So am I.", method, seed=3), []
+    vocode = voice.vocode
+    monkeypatch.setattr(voice, "vocode", lambda tokens, name: counts.append(len(tokens)) or vocode(tokens, name))
+    chunks = list(voice.stream(f"{TEXT} So am I.", method, seed=3))
+    assert len(chunks) > 3 and all(len(chunk) for chunk in chunks)
+    np.testing.assert_array_equal(np.concatenate(chunks), said.audio)
+    first = len(said.sentences[0].tokens)
+    assert counts[0] < first / 2 and sum(n for n in counts if n <= first) < 3 * first  # made anew at most twice
+
+
+def test_a_stream_refuses_bad_settings_at_once_and_has_no_sound_where_none_is(voice):
+    with pytest.raises(ssd_repro.InputError, match="method 'x' is unknown"):
+        voice.stream(TEXT, "x")
+    silent = FakeVoice()
+    silent.rounds = lambda *_, **__: iter(())
+    assert list(silent.stream("One. Two.")) == []
+
+
 def test_logits_that_turn_nan_are_an_error(voice):
     broken = ssd_repro.load(device="cpu", runtime="eager")
     with torch.no_grad():
@@ -163,6 +183,30 @@ def test_saving_and_loading_keeps_every_weight(voice, tmp_path):
     for old, new in zip((codec, target, draft), again[:3], strict=True):
         assert all(torch.equal(v, new.state_dict()[k]) for k, v in old.state_dict().items())
     assert again[3]["sha256"] == about["sha256"]
+
+
+def test_weights_of_one_byte_are_the_nearest_of_255_steps_and_stay_when_saved_again(tmp_path):
+    codec, target, draft, about = checkpoints.load_voice(checkpoints.BUNDLED)
+    with torch.no_grad():
+        target.head.weight[0].zero_()
+        target.head.weight[1].mul_(1e-6)
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    checkpoints.save_voice(once, codec, target, draft, {"voices": about["voices"]}, int8=True)
+    loaded = checkpoints.load_voice(once)
+    for old, new in ((target, loaded[1]), (draft, loaded[2])):
+        for name, value in old.state_dict().items():
+            found = new.state_dict()[name]
+            step = value.abs().amax(-1, keepdim=True) / 127 if value.dim() == 2 else value.abs() / 512
+            assert ((found - value).abs() <= 0.501 * step).all(), name
+    checkpoints.save_voice(twice, *loaded[:3], {"voices": about["voices"]}, int8=True)
+    again = checkpoints.load_voice(twice)
+    assert all(torch.allclose(v, again[1].state_dict()[k], rtol=1e-6) for k, v in loaded[1].state_dict().items())
+    assert (once / "target.safetensors").stat().st_size < 0.55 * target_bytes()
+
+
+def target_bytes() -> int:
+    """Of the bundled target as float16."""
+    return 2 * sum(value.numel() for value in checkpoints.load_voice(checkpoints.BUNDLED)[1].state_dict().values())
 
 
 def test_weights_stay_small():
