@@ -137,8 +137,9 @@ def write_voice(
     source: Corpus,
     references: list[dict[str, str]],
     prompts: dict[str, dict],
+    int8: bool = False,
 ) -> None:
-    """Codec, target, draft, and ``choose_examples``'s references and prompts, as one voice folder."""
+    """Codec, target, draft (int8: of one byte a weight), and ``choose_examples``'s references and prompts, as one voice folder."""
     import soundfile
 
     out = folder / "references"
@@ -151,4 +152,4 @@ def write_voice(
     names = {row["voice"]: f"{row['id']}.flac" for row in references}
     facts = {"voices": list(VOICES), "references": names, "prompts": prompts, "sampler": vars(SAMPLER)}
     facts["token_text_ratio"] = list(TOKEN_TEXT_RATIO)
-    checkpoints.save_voice(folder, codec, target, draft, facts)
+    checkpoints.save_voice(folder, codec, target, draft, facts, int8)

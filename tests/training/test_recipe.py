@@ -19,6 +19,7 @@ from ssd_repro.experiment import metrics
 from ssd_repro.models.codec import Codec
 from ssd_repro.speech.text import language, phone_ids
 from ssd_repro.training import corpus, deployed, recipe
+from ssd_repro.training.target import TargetOptions
 
 matplotlib.use("agg")
 
@@ -83,9 +84,9 @@ def test_a_step_out_of_order_says_which_notebook_comes_first(tmp_path):
 
 def test_an_average_needs_something_to_average_with():
     with pytest.raises(InputError, match=r"average is 0.5 and begin is empty"):
-        recipe.target_to_begin_from("", 0.5)
+        recipe.target_to_begin_from("", 0.5, TargetOptions())
     with pytest.raises(InputError, match="average is 2"):
-        recipe.target_to_begin_from("bundled", 2)
+        recipe.target_to_begin_from("bundled", 2, TargetOptions())
 
 
 def test_the_bundled_tokens_are_of_the_manifest_and_what_a_draft_can_learn_from(tmp_path):
