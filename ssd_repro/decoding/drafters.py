@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .result import DecodeConfig
-from .sampling import Sampler, probabilities
+from .sampling import Sampler, draw, probabilities
 
 
 class LanguageModel(Protocol):
@@ -23,12 +23,19 @@ class LanguageModel(Protocol):
 
 
 class Session(Protocol):
-    """One sequence with its cache; ``length`` counts the positions that the cache holds."""
+    """One sequence with its cache; ``length`` counts the positions that the cache holds.
+
+    features: of a model that hands them out, what ``HiddenDrafter`` reads: (1, n, F) of the n positions fed last.
+    """
 
     length: int
+    features: Tensor | None
 
     def prefill(self, prefix: Tensor) -> Tensor:
         """Feed embeddings (1, T, hidden), once -> logits (1, V) of the last position."""
+
+    def feed(self, embeddings: Tensor) -> Tensor:
+        """Feed embeddings (1, n, hidden) -> logits (1, V) of the last position; the cache grows by n."""
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Feed speech tokens (1, n) -> logits (1, n, V); the cache grows by n."""
@@ -100,3 +107,54 @@ class Drafter(Protocol):
 
     def rollback(self, size: int) -> None:
         """The round is judged: the sequence now has ``size`` tokens, forget all others."""
+
+
+class HiddenModel(LanguageModel, Protocol):
+    """A small model that drafts from the target's hidden states (``models.hidden_draft``)."""
+
+    def reduce(self, features: Tensor) -> Tensor:
+        """The target's (1, n, F) -> (1, n, hidden)."""
+
+    def join(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        """Of a position and of the token after it, (1, n, hidden) both -> what the model is fed with."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Speech tokens (1, n) -> (1, n, hidden)."""
+
+
+class HiddenDrafter:
+    """Drafts with one small layer on what the target thought (EAGLE: Li et al. 2024; three depths: EAGLE-3, 2025).
+
+    Its input at a position is the target's hidden state there, joined with the token that follows; it
+    foresees the token after that. Where the target has not been yet, its own output takes the
+    place of the hidden state. INVARIANT, between rounds: the cache holds all positions whose hidden states were
+    known before the last round, and ``ready`` the hidden states that the last round added.
+    """
+
+    def __init__(self, model: HiddenModel, prefix: Tensor, target: Session) -> None:
+        """Prefills with prefix (1, T, hidden), T >= 2, which ``target`` has just been prefilled with."""
+        self.model, self.target, self.seen = model, target, target.features
+        features = model.reduce(target.features)
+        self.session, self.calls = model.session(), 1
+        self.session.feed(model.join(features[:, :-1], prefix[:, 1:]))
+        self.ready, self.known, self.size = features[:, -1:], self.session.length, 0
+
+    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        first, features, p = tape.size, self.ready, []
+        for position in range(first, first + count):
+            tokens = tape.tokens(position - features.shape[1], position)
+            logits = self.session.feed(self.model.join(features, self.model.embed(tokens[None])))
+            if position == first:
+                self.known, self.ready = self.session.length, features[:, :0]
+            p.append(tape.probabilities(logits, position))
+            tape.write(position, draw(p[-1][0], generator))
+            features = self.session.features[:, -1:]
+        self.calls += count
+        return tape.tokens(first, first + count), torch.cat(p)
+
+    def rollback(self, size: int) -> None:
+        self.session.crop(self.known)
+        if self.target.features is not self.seen:
+            self.seen = self.target.features
+            self.ready = torch.cat((self.ready, self.model.reduce(self.seen[:, : size - self.size])), 1)
+        self.size = size

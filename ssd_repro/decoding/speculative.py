@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .drafters import Drafter, LanguageModel, Tape
+from .drafters import Drafter, LanguageModel, Session, Tape
 from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round
 from .sampling import draw
 
@@ -106,8 +106,8 @@ class ModelDrafter:
     is missing, one token or two: cheaper than a forward of its own.
     """
 
-    def __init__(self, model: LanguageModel, prefix: Tensor) -> None:
-        """Prefills the model with prefix (1, T, hidden)."""
+    def __init__(self, model: LanguageModel, prefix: Tensor, target: Session) -> None:
+        """Prefills the model with prefix (1, T, hidden); ``target`` is not looked at."""
         self.session = model.session()
         self.session.prefill(prefix)
         self.start = self.session.length
@@ -129,7 +129,7 @@ class ModelDrafter:
 
 # ----------------------------------------------------------------------------------- loop
 
-MakeDrafter = Callable[[Tensor], Drafter]
+MakeDrafter = Callable[[Tensor, Session], Drafter]
 OnTokens = Callable[[list[int]], None]
 
 
@@ -154,7 +154,7 @@ def speculative(
 ) -> DecodeResult:
     """Algorithm 1: the draft proposes config.draft_length tokens, one forward of the target judges them.
 
-    draft      a language model, or a function from a prefix to a Drafter
+    draft      a language model, or a function from prefix and prefilled target session to a Drafter
     prefix     embeddings (1, T, hidden), for target and draft alike
     generator  on the prefix's device; the same state gives the same tokens
     on_tokens  called with each round's new speech tokens
@@ -211,7 +211,7 @@ def _rounds(
     logits = session.prefill(prefix)  # (1, V)
     start, target_calls = session.length, 1
     tape = Tape.empty(config, logits)
-    drafter = make_drafter(prefix) if make_drafter else None
+    drafter = make_drafter(prefix, session) if make_drafter else None
     clock.lap("prefill")
 
     tokens: list[int] = []

@@ -17,7 +17,11 @@ class SpeechLM(nn.Module):
     model: a transformers decoder without head, full attention, used through inputs_embeds
     (Qwen2Model here; its embed_tokens are the text's). Token x enters as
     speech_embedding(x), comes out as row x of ``head``.
+    taps: depths whose hidden states its sessions hand out as ``features``, for drafters that read them:
+    the residual stream after so many layers, at the full depth behind the final norm.
     """
+
+    taps: tuple[int, ...] = ()
 
     def __init__(self, model: Qwen2Model, speech_vocab: int, bias: bool = True) -> None:
         super().__init__()
@@ -39,8 +43,12 @@ class SpeechLM(nn.Module):
 
         at: bool (B, T), of n places -> the logits of these alone, (n, V).
         """
-        hidden = _decode(self.model, inputs_embeds, 0, None)
+        hidden, _ = _decode(self.model, inputs_embeds, 0, None)
         return self.head(hidden if at is None else hidden[at])
+
+    def hidden(self, inputs_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``forward`` without the head -> (B, T, hidden), and at the ``taps`` (B, T, taps x hidden)."""
+        return _decode(self.model, inputs_embeds, 0, None, self.taps)
 
     def session(self) -> Session:
         return Session(self)
@@ -63,18 +71,23 @@ class Session:
 
     ``length``: the positions in the cache, prefix included; counted here, so that nothing
     is read from the device and another cache can take the place of DynamicCache.
+    ``features`` (1, n, taps x hidden): hidden states at the model's ``taps`` of the n positions fed last.
     """
 
     def __init__(self, lm: SpeechLM, cache: Cache | None = None) -> None:
         self.lm = lm
         self.cache = DynamicCache(config=lm.model.config) if cache is None else cache
-        self.length = 0
+        self.length, self.features = 0, None
 
     def prefill(self, prefix: Tensor) -> Tensor:
         """Embeddings (1, T, hidden), T >= 1 -> logits (1, V) of the last position."""
         if self.length:
             raise RuntimeError("a session is prefilled once; open a new one")
-        return self.lm.head(self._feed(prefix)[:, -1])
+        return self.feed(prefix)
+
+    def feed(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (1, n, hidden), n >= 1 -> logits (1, V) of the last position."""
+        return self.lm.head(self._feed(embeddings)[:, -1])
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Speech tokens (1, n) int64 -> logits (1, n, V), what follows each."""
@@ -89,13 +102,15 @@ class Session:
         self.length = length
 
     def _feed(self, embeddings: Tensor) -> Tensor:
-        hidden = _decode(self.lm.model, embeddings, self.length, self.cache)
+        hidden, self.features = _decode(self.lm.model, embeddings, self.length, self.cache, self.lm.taps)
         self.length += embeddings.shape[1]
         return hidden
 
 
-def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: Cache | None) -> Tensor:
-    """Run the decoder on (B, n, hidden) after ``past`` cached positions -> (B, n, hidden).
+def _decode(
+    model: nn.Module, embeddings: Tensor, past: int, cache: Cache | None, taps: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor | None]:
+    """Run the decoder on (B, n, hidden) after ``past`` cached positions -> (B, n, hidden), (B, n, taps x hidden).
 
     transformers would build its mask anew each call; of the three cases only the last needs
     one: a single token sees everything, a first block is SDPA's own causal case, several
@@ -105,13 +120,15 @@ def _decode(model: nn.Module, embeddings: Tensor, past: int, cache: Cache | None
     mask = None
     if n > 1 and past:
         mask = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)[None, None]
-    return model(
+    made = model(
         inputs_embeds=embeddings,
         attention_mask={"full_attention": mask},
         position_ids=torch.arange(past, past + n, device=device)[None],
         past_key_values=cache,
         use_cache=cache is not None,
-    ).last_hidden_state
+        output_hidden_states=bool(taps),
+    )
+    return made.last_hidden_state, torch.cat([made.hidden_states[tap] for tap in taps], -1) if taps else None
 
 
 def small_qwen2(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **other) -> Qwen2Model:

@@ -245,7 +245,7 @@ def test_rejection_at_each_position(table, draft_length, longest, wrong):
     cfg = config("greedy", max_tokens=longest, draft_length=draft_length, stop_ids=(STOP,))
     plain = autoregressive(target, PREFIX_EMBEDDINGS, cfg, generator())
     truth = sequence(plain)
-    result = speculative(target, lambda prefix: Scripted(truth, wrong, 6), PREFIX_EMBEDDINGS, cfg, generator())
+    result = speculative(target, lambda prefix, _: Scripted(truth, wrong, 6), PREFIX_EMBEDDINGS, cfg, generator())
     assert result.tokens == plain.tokens and result.stopped == plain.stopped
 
     position, expected = 1, [(0, 0, "sampled")]
@@ -273,7 +273,7 @@ def test_counts_by_hand():
         table[:, before, after] = 9.0
     target = TableLM(table)
     cfg = config("greedy", max_tokens=20, draft_length=3)
-    result = speculative(target, lambda prefix: Scripted(truth, {3}, 6), PREFIX_EMBEDDINGS, cfg, generator())
+    result = speculative(target, lambda prefix, _: Scripted(truth, {3}, 6), PREFIX_EMBEDDINGS, cfg, generator())
     assert result.tokens == (0, 1, 3, 4, 5) and result.stopped
     assert result.origins == ("sampled", "accepted", "accepted", "resampled", "accepted")
     assert [(r.drafted, r.accepted, r.emitted, r.kind, r.rejected) for r in result.rounds] == [
@@ -308,7 +308,7 @@ def test_a_stop_token_is_banned_inside_the_draft():
 
     cfg = config(max_tokens=9, min_tokens=6, draft_length=4)
     for seed in range(20):
-        speculative(TARGET, lambda prefix: Watched(eager, prefix), PREFIX_EMBEDDINGS, cfg, generator(seed))
+        speculative(TARGET, lambda prefix, _: Watched(eager, prefix), PREFIX_EMBEDDINGS, cfg, generator(seed))
     assert {token == STOP for at, token in proposals if at < 6} == {False}
     assert {token == STOP for at, token in proposals if at >= 6} == {True}
 

@@ -100,7 +100,7 @@ class OpenVINOSession:
 
     def __init__(self, model: OpenVINOLM) -> None:
         self.model, self.request = model, model.take()
-        self.length = self.slots = 0
+        self.length, self.slots, self.features = 0, 0, None
         self.slot_of = np.zeros(ROOM, np.int64)  # of each position
         self.hidden = np.zeros(ROOM, np.float32)  # of each slot: 0, or -inf where it was rejected
         weakref.finalize(self, model.give_back, self.request).atexit = False
@@ -109,7 +109,11 @@ class OpenVINOSession:
         """Embeddings (1, T, hidden), T >= 1, once -> logits (1, V) of the last position."""
         if self.length:
             raise RuntimeError("a session is prefilled once; open a new one")
-        return self._feed(prefix, last=1)[:, -1]
+        return self.feed(prefix)
+
+    def feed(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (1, n, hidden), n >= 1 -> logits (1, V) of the last position."""
+        return self._feed(embeddings, last=1)[:, -1]
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Speech tokens (1, n) int64 -> logits (1, n, V), what follows each."""
@@ -143,7 +147,9 @@ class OpenVINOSession:
         self.request.infer(given, share_inputs=True)
         self.slot_of[self.length : self.length + n] = np.arange(past, past + n)
         self.length, self.slots = self.length + n, past + n
-        return torch.from_numpy(self.request.get_output_tensor(0).data.copy())
+        logits, *features = (torch.from_numpy(x.data.copy()) for x in self.request.output_tensors)
+        self.features = features[0] if features else None
+        return logits
 
     def _make_room(self, slots: int) -> None:
         if slots > len(self.hidden):
@@ -224,7 +230,7 @@ def _graph(lm: SpeechLM, int8: bool = False):
         many = ops.broadcast(ops.unsqueeze(whole, integers(2)), shape, broadcast_spec="BIDIRECTIONAL")
         return ops.reshape(many, integers(1, heads, -1, size), False)
 
-    x = nodes["embeddings"]
+    x, depths = nodes["embeddings"], []
     for number, layer in enumerate(lm.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         joined = linear(normalise(x, layer.input_layernorm), attention.q_proj, attention.k_proj, attention.v_proj)
@@ -238,6 +244,12 @@ def _graph(lm: SpeechLM, int8: bool = False):
         both = linear(normalise(x, layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
         gate, up = ops.split(both, ops.constant(np.int64(-1)), 2).outputs()
         x = ops.add(x, linear(ops.multiply(ops.swish(gate), up), mlp.down_proj))
+        depths.append(x)
+    if lm.taps:
+        x = depths[-1] = normalise(x, lm.model.norm)
     x = ops.gather(x, nodes["last"], ops.constant(np.int64(1)))
-    logits = linear(normalise(x, lm.model.norm), lm.head)
-    return Model([logits.output(0)], sinks, list(nodes.values()), "speech_lm")
+    x = x if lm.taps else normalise(x, lm.model.norm)
+    for part in lm.head if isinstance(lm.head, torch.nn.Sequential) else [lm.head]:
+        x = linear(x, part)
+    outputs = [x, *([ops.concat([depths[tap - 1] for tap in lm.taps], -1)] if lm.taps else [])]
+    return Model([node.output(0) for node in outputs], sinks, list(nodes.values()), "speech_lm")

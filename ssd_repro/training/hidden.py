@@ -1,0 +1,99 @@
+"""The hidden-state drafter in training: several unrolled steps at once, as it is used.
+
+A first pass reads the target's hidden states; each further pass reads the output of the one before, a position
+on, and attends as a drafter does that is so many tokens ahead ("training-time test", EAGLE-3: Li et al. 2025).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
+
+from ..decoding.sampling import probabilities
+from ..models.hidden_draft import HiddenDraft
+from .data import Example
+from .deployed import Target
+from .loop import Task
+
+PASSES = 4  # one more than the paper's L_d
+
+
+class HiddenTask(Task):
+    """A HiddenDraft on a frozen target: towards what the target samples from, 0.1 KL + 0.9 total variation.
+
+    Total variation is 1 - the acceptance rate of lossless decoding; the KL carries the gradient where
+    the two have nothing in common (weights as DSpark's, Cheng et al. 2026).
+    """
+
+    def __init__(self, target: Target):
+        super().__init__()
+        target.lm.requires_grad_(False)
+        self.target, self.draft = target, HiddenDraft(target.lm)
+        target.lm.taps = self.draft.taps
+
+    def forward(self, items: list[Example]) -> dict[str, Tensor]:
+        """The loss; evaluating, "acceptance_k" of pass k: mean of sum min(p, q) of what is sampled from."""
+        batch, sampler = self.target.collate(items), self.target.config(1).sampler
+        with self.autocast():
+            with torch.no_grad():
+                hidden, features = self.target.lm.hidden(batch.embedded)
+                q = self.target.lm.head(hidden[batch.at]).float()  # (N, V)
+            outputs = unrolled(self.draft, features, batch.embedded, PASSES)
+            made = [self.draft.lm.head(output[batch.at[:, 1:]]).float() for output in outputs]  # (N, V) each
+        q = probabilities(q, batch.history, sampler)  # without the ban on early stops, which depends on the text
+        if not self.training:
+            drafted = [probabilities(logits, batch.history, sampler) for logits in made]
+            accepted = {f"acceptance_{k}": overlap(p, q) for k, p in enumerate(drafted, 1)}
+            return {"loss": 1 - torch.stack(list(accepted.values())).mean(), **accepted}
+        losses = []
+        for logits in made:
+            log_p = (logits / (sampler.temperature or 1)).log_softmax(-1)
+            losses.append(0.1 * F.kl_div(log_p, q, reduction="batchmean") + 0.9 * (1 - overlap(log_p.exp(), q)))
+        return {"loss": torch.stack(losses).mean()}
+
+
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    """p, q (N, V) -> mean of sum min(p, q): 1 - total variation."""
+    return torch.minimum(p, q).sum(-1).mean()
+
+
+def unrolled(draft: HiddenDraft, features: Tensor, embedded: Tensor, passes: int) -> list[Tensor]:
+    """Outputs (B, T - 1, hidden) of each pass, from the target's features (B, T, F) and inputs (B, T, hidden).
+
+    Position i foresees what stands at i + 2. In pass k (from 0) it is k tokens ahead of the target: it sees
+    the first pass up to i - k, and of pass j > 0 the position i - k + j, as the drafter's cache holds them then.
+    """
+    layer, model, after = draft.lm.model.layers[0], draft.lm.model, embedded[:, 1:]
+    attention, length = layer.self_attn, embedded.shape[1] - 1
+    places = torch.arange(length, device=embedded.device)
+    angles = model.rotary_emb(embedded, places[None])
+    given, keys, values, made = draft.reduce(features[:, :-1]), [], [], []
+    for k in range(passes):
+        x = draft.join(given, after)
+        normed = layer.input_layernorm(x)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query, key, value = (f(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for f in projections)
+        query, key = apply_rotary_pos_emb(query, key, *angles)
+        keys.append(repeat_kv(key, attention.num_key_value_groups))
+        values.append(repeat_kv(value, attention.num_key_value_groups))
+        unseen = places[None, :] > places[:, None] - k
+        scores = (query @ keys[0].mT).masked_fill(unseen, -math.inf)
+        own = [(query * _later(keys[j], k - j)).sum(-1, keepdim=True) for j in range(1, k + 1)]
+        weights = (torch.cat((scores, *own), -1) * attention.scaling).float().softmax(-1).to(x.dtype)
+        seen = weights[..., :length] @ values[0]
+        for j in range(1, k + 1):
+            seen = seen + weights[..., length + j - 1, None] * _later(values[j], k - j)
+        x = x + attention.o_proj(seen.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        made.append(model.norm(x))
+        given = torch.cat((given[:, :1], made[-1][:, :-1]), 1)
+    return made
+
+
+def _later(x: Tensor, count: int) -> Tensor:
+    """(B, H, T, d), each position with what stood ``count`` before it; zeros before the first."""
+    return F.pad(x, (0, 0, count, 0))[:, :, : x.shape[2]]
