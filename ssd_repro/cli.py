@@ -57,6 +57,7 @@ def parser() -> Parser:
     speak.add("--method", "speculative", "autoregressive, draft or speculative")
     speak.add("--tolerance", 0.4, "beta, from 0 (lossless) to 1")
     speak.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
+    speak.add("--drafter", "paper", "who proposes: paper, or hidden (one layer on the target's hidden states)")
     speak.add("--voice", "af_heart", "who speaks")
     speak.add("--seed", 0, "of the sampling, at least 0")
     speak.add("--device", "auto", "auto, cpu or cuda")
@@ -99,7 +100,8 @@ def parser() -> Parser:
     train.add("--data", REQUIRED, "folder of rows of text and speech tokens, *.jsonl[.gz]", Path)
     train.add("--out", REQUIRED, "folder for the draft; the same command goes on where a killed one was", Path)
     train.add("--recipe", "paper", "paper: learn from the data's speech; on-policy: from the target's own")
-    train.add("--loss", "", "ce (default for the paper's recipe) or kl (for on-policy)")
+    train.add("--drafter", "paper", "paper: bottom and top layers; hidden: one layer on the target's hidden states")
+    train.add("--loss", "", "of the paper's drafter: ce (default for the paper's recipe) or kl (for on-policy)")
     train.add("--device", "auto", "auto, cpu or cuda")
     train.add("--precision", "bf16", "bf16 or fp32")
     train.add("--steps", 20_000, "optimiser steps")
@@ -162,7 +164,8 @@ def run_speak(options) -> int:
     if options.out:
         check_output(options.out)
     machine = {name: getattr(options, name) for name in ("device", "runtime", "precision", "threads")}
-    settings = {name: getattr(options, name) for name in ("method", "voice", "tolerance", "draft_length", "seed")}
+    names = ("method", "voice", "tolerance", "draft_length", "drafter", "seed")
+    settings = {name: getattr(options, name) for name in names}
     with redirect_stdout(sys.stderr):  # whatever a library prints
         voice = load(options.weights, **machine)
         take = voice.speak(options.text, **settings)
@@ -234,7 +237,8 @@ def run_train_draft(options) -> int:
     from .training.loop import Settings
 
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "until"})
-    rest = {name: getattr(options, name) for name in ("recipe", "loss", "held_out", "longest", "samples", "device")}
+    more = ("held_out", "longest", "samples", "device")
+    rest = {name: getattr(options, name) for name in ("recipe", "loss", "drafter", *more)}
     draft.train(options.target, options.data, options.out, settings, **rest, log=_log)
     if is_first():
         print(options.out / "draft.json")

@@ -41,7 +41,9 @@ class FakeVoice(Voice):
         self.calls: list[tuple[str, int]] = []
         self.pause = pause
 
-    def decode(self, phones, method, voice, tolerance, draft_length, generator, on_tokens=None, **other):
+    def decode(
+        self, phones, method, voice, tolerance, draft_length, generator, on_tokens=None, drafter="paper", **other
+    ):
         """About two tokens a phone; a round accepts at random, from the generator's seed alone."""
         self.calls.append((method, generator.initial_seed()))
         time.sleep(self.pause)

@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass, replace
 class System:
     """One way of decoding, and whether its sound is scored.
 
-    tolerance, draft_length: of the speculative method alone. temperature: of draft and target; None is the voice's own.
+    tolerance, draft_length, drafter (None: the paper's): of the speculative method alone. temperature: of draft and
+    target; None is the voice's own.
     """
 
     method: str
     tolerance: float | None = None
     draft_length: int | None = None
     temperature: float | None = None
+    drafter: str | None = None
     scored: bool = True
 
     def arguments(self) -> dict:

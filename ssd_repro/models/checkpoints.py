@@ -17,6 +17,7 @@ from ..errors import InputError, first_line
 from ..files import sha256, write_bytes, write_text
 from .codec import Codec, CodecConfig
 from .draft import make_draft, own_parameters, split_of
+from .hidden_draft import HiddenDraft
 from .speech_lm import SpeechLM, small_qwen2
 
 BUNDLED = Path(__file__).parents[1] / "weights"
@@ -48,24 +49,32 @@ def _sizes(config: Qwen2Config) -> dict[str, int]:
     }
 
 
-def save_voice(folder: Path, codec: Codec, target: SpeechLM, draft: SpeechLM, facts: dict, int8: bool = False) -> None:
-    """Write codec, target and what the draft does not share with it as fp16, and voice.json with ``facts``.
+def save_voice(
+    folder: Path,
+    codec: Codec,
+    target: SpeechLM,
+    draft: SpeechLM,
+    facts: dict,
+    int8: bool = False,
+    hidden: HiddenDraft | None = None,
+) -> None:
+    """Write codec, target and what the drafts do not share with it as fp16, and voice.json with ``facts``.
 
-    int8: the matrices of target and draft as whole numbers of one byte with a scale of each row (``pack``).
+    int8: all matrices but the codec's as whole numbers of one byte with a scale of each row (``pack``).
     """
-    states = [codec.state_dict(), target.state_dict(), own_parameters(draft)]
-    digests = {
-        f"{part}.safetensors": _write_tensors(
-            folder / f"{part}.safetensors", pack(state) if int8 and part != "codec" else state, torch.float16
-        )
-        for part, state in zip(PARTS, states, strict=True)
-    }
+    states = {"codec": codec.state_dict(), "target": target.state_dict(), "draft": own_parameters(draft)}
+    states |= {"hidden": own_parameters(hidden)} if hidden else {}
+    digests = {}
+    for part, state in states.items():
+        packed, path = pack(state) if int8 and part != "codec" else state, folder / f"{part}.safetensors"
+        digests[path.name] = _write_tensors(path, packed, torch.float16)
     about = {
         "format": FORMAT,
         "codec": asdict(codec.config),
         "target": _sizes(target.model.config),
         "speech_vocab": target.speech_embedding.num_embeddings,
         "draft": split_of(draft),
+        **({"hidden": hidden.sizes} if hidden else {}),
         **facts,
         "sha256": digests,
     }
@@ -88,7 +97,16 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
     return codec.eval(), target.eval(), _draft(target, about["draft"], states[2], files[2]), about
 
 
-def save_draft(folder: Path, draft: SpeechLM, target: SpeechLM, facts: dict) -> None:
+def load_hidden(folder: Path, target: SpeechLM, about: dict) -> HiddenDraft | None:
+    """The drafter on the target's hidden states, if the voice folder has one; target, about: ``load_voice``'s."""
+    if "hidden" not in about:
+        return None
+    path = folder / "hidden.safetensors"
+    state = _read_tensors(path, about["sha256"].get(path.name), folder / "voice.json")
+    return _hidden(target, about["hidden"], state, path)
+
+
+def save_draft(folder: Path, draft: SpeechLM | HiddenDraft, target: SpeechLM, facts: dict) -> None:
     """Write draft.safetensors, what the draft does not share with the target, fp32, and draft.json.
 
     draft.json comes last: where it is, the draft is whole.
@@ -96,7 +114,7 @@ def save_draft(folder: Path, draft: SpeechLM, target: SpeechLM, facts: dict) -> 
     digest = _write_tensors(folder / DRAFT_FILES[1], own_parameters(draft), torch.float32)
     about = {
         "format": FORMAT,
-        "layers": split_of(draft),
+        "layers": split_of(draft) if isinstance(draft, SpeechLM) else draft.sizes,
         "target": {str(dtype): weights_sha256(target, dtype) for dtype in (torch.bfloat16, torch.float16)},
         **facts,
         "sha256": digest,
@@ -109,8 +127,8 @@ def read_draft_facts(folder: Path) -> dict:
     return _read_description(Path(folder) / DRAFT_FILES[0], ("layers", "target", "sha256"))
 
 
-def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
-    """The draft that ``ssd-repro train-draft`` wrote, on the target's parameters, device and dtype.
+def load_draft(folder: Path, target: SpeechLM) -> SpeechLM | HiddenDraft:
+    """The drafter that ``ssd-repro train-draft`` wrote, on the target's parameters, device and dtype.
 
     target: the one that it was trained for, in fp32, bf16 or fp16. InputError if a file is missing
     or damaged, or if the draft is of another target.
@@ -124,7 +142,7 @@ def load_draft(folder: Path, target: SpeechLM) -> SpeechLM:
             f"the draft in {folder} was trained for another target: the SHA-256 of its weights begins with "
             f"{known[:12]}, that of this one with {found[:12]}"
         )
-    return _draft(target, about["layers"], state, path)
+    return (_hidden if "rank" in about["layers"] else _draft)(target, about["layers"], state, path)
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> str:
@@ -194,7 +212,14 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 def _draft(target: SpeechLM, layers: dict[str, int], own: dict[str, Tensor], path: Path) -> SpeechLM:
     """The target's draft with its ``own`` weights, read from ``path``."""
-    draft = make_draft(target, **layers)
+    return _with_own(make_draft(target, **layers), own, path)
+
+
+def _hidden(target: SpeechLM, sizes: dict[str, int], own: dict[str, Tensor], path: Path) -> HiddenDraft:
+    return _with_own(HiddenDraft(target, **sizes), own, path)
+
+
+def _with_own(draft: nn.Module, own: dict[str, Tensor], path: Path):
     names = own_parameters(draft)
     _fill(draft, own | {name: value for name, value in draft.state_dict().items() if name not in names}, path)
     return draft.eval()

@@ -31,7 +31,7 @@ class HiddenDraft(nn.Module):
     def __init__(self, target: SpeechLM, rank: int = 128) -> None:
         super().__init__()
         config, hidden = target.model.config, target.model.config.hidden_size
-        self.taps = taps_of(target)
+        self.taps, self.sizes = taps_of(target), {"rank": rank}
         sizes = (hidden, config.intermediate_size, 1, config.num_attention_heads, config.num_key_value_heads, 1)
         places = {"max_position_embeddings": config.max_position_embeddings, "rope_parameters": config.rope_parameters}
         vocab = target.speech_embedding.num_embeddings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import InputError, check_number
 from ..files import sha256
 from ..models import checkpoints
 from ..models.cosyvoice import TEXT_MODEL, load_cosyvoice
+from ..models.hidden_draft import HiddenDraft, HiddenDraftLM
 from ..models.runtimes import choose_runtime, with_runtime
 from ..models.speech_lm import SpeechLM, choose_device
 from . import libritts
@@ -61,21 +63,30 @@ def load(
     runtime = choose_runtime(runtime, device, precision)
     if device == "cuda":  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    folder = Path(path) if path else checkpoints.BUNDLED
+    folder, hidden = Path(path) if path else checkpoints.BUNDLED, None
 
     if (folder / "llm.pt").is_file() or (folder / TEXT_MODEL).is_dir():
         front, target, small, weights_id = _cosyvoice(folder, device, draft, data, front_end)
+        if isinstance(small, HiddenDraft):
+            raise InputError(f"{draft} holds a hidden-state drafter: with a CosyVoice only the paper's runs yet")
         max_length = max_length or 2048
     else:
         if draft or data:
             raise InputError(f"{folder} is a voice with its own draft and sentences: leave draft and data empty")
         codec, target, small, about = checkpoints.load_voice(folder)
+        hidden = checkpoints.load_hidden(folder, target, about)
         front = Bundled(codec.to(device).requires_grad_(False), about, folder, device)
         weights_id = _identity(sorted(about["sha256"].values()))
     lms = tuple(lm.to(device).requires_grad_(False) for lm in (target, small))
     threads = _set_threads(threads, target, device)
-    models = tuple(with_runtime(lm, runtime, precision, threads, max_length or 1024) for lm in lms)
-    return Voice(front, *lms, weights_id, device, models, precision, runtime, threads)
+    running = partial(
+        with_runtime, runtime=runtime, precision=precision, threads=threads, max_length=max_length or 1024
+    )
+    drafters = {}
+    if hidden and runtime != "graphs":  # static sessions hand out no hidden states
+        hidden.to(device).requires_grad_(False).eval()
+        target.taps, drafters["hidden"] = hidden.taps, HiddenDraftLM(hidden, running(hidden.lm))
+    return Voice(front, *lms, weights_id, device, tuple(map(running, lms)), drafters, precision, runtime, threads)
 
 
 def _cosyvoice(

@@ -15,7 +15,7 @@ from ..files import write_bytes
 
 FACTS = (
     "method text voice token_ids audio_seconds lm_seconds lm_rtf rtf seconds target_calls draft_calls acceptance_rate "
-    "tokens_per_target_call tolerance draft_length stopped seed device sample_rate"
+    "tokens_per_target_call tolerance draft_length drafter stopped seed device sample_rate"
 )
 
 
@@ -41,6 +41,7 @@ class Take:
     draft_length: int
     sample_rate: int
     gap_seconds: float  # silence between the pieces that have tokens
+    drafter: str = "paper"  # who proposed, if the method is speculative
 
     @property
     def audio_seconds(self) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..decoding.drafters import LanguageModel
 from ..decoding.result import PHASES, Clock, DecodeConfig, DecodeResult
 from ..decoding.sampling import Sampler
-from ..decoding.speculative import collect, stream
+from ..decoding.speculative import MakeDrafter, collect, stream
 from ..errors import InputError, check_number
 from ..models.speech_lm import SpeechLM
 from .sentences import Utterance
@@ -59,7 +59,8 @@ class Front(Protocol):
 class Voice:
     """A front, a target and a draft that speak together. Made by :func:`load`.
 
-    models: target and draft as they decode, themselves or in a runtime. threads: of torch, on the CPU.
+    models: target and draft as they decode, themselves or in a runtime. drafters: others than the paper's by their
+    names, functions of a prefix and the target's session. threads: of torch, on the CPU.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Voice:
         weights_id: str,
         device: str,
         models: tuple[LanguageModel, LanguageModel] | None = None,
+        drafters: dict[str, MakeDrafter] | None = None,
         precision: str = "fp32",
         runtime: str = "eager",
         threads: int = 1,
     ) -> None:
         self.front, self.target, self.draft, self.models = front, target, draft, models or (target, draft)
+        self.drafters = {"paper": self.models[1], **(drafters or {})}
         self.device, self.weights_id = torch.device(device), weights_id
         self.precision, self.runtime, self.threads = precision, runtime, threads
         self.front_end, self.names, self.sampler = front.name, front.names, front.sampler
@@ -82,7 +85,15 @@ class Voice:
         self.vocode, self.reference, self.utterances = front.vocode, front.reference, front.utterances
 
     def check(
-        self, text, method="speculative", voice="af_heart", tolerance=0.4, draft_length=3, seed=0, temperature=None
+        self,
+        text,
+        method="speculative",
+        voice="af_heart",
+        tolerance=0.4,
+        draft_length=3,
+        seed=0,
+        temperature=None,
+        drafter="paper",
     ) -> str:
         """Check every setting before any work -> the text, white space folded. Raises InputError."""
         if method not in METHODS:
@@ -90,6 +101,8 @@ class Voice:
         if voice not in self.names:
             more = f" and {len(self.names) - 9} more" if len(self.names) > 9 else ""
             raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names[:9])}{more}")
+        if drafter not in self.drafters:
+            raise InputError(f"drafter {drafter!r} is not one of this voice's: choose {' or '.join(self.drafters)}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
         self.config(1, tolerance, draft_length, **self._sampling(temperature))
         return check_text(text)
@@ -119,22 +132,23 @@ class Voice:
         seed: int = 0,
         on_tokens: Callable[[list[int]], None] | None = None,
         temperature: float | None = None,
+        drafter: str = "paper",
     ) -> Take:
         """Speak ``text``; long text piece by piece. The same seed and settings give the same tokens.
 
-        ``on_tokens`` is called with new speech tokens as they are accepted; ``temperature`` is
-        that of draft and target, the voice's own by default. Raises InputError.
+        ``drafter`` proposes for the speculative method: the paper's draft, or another of ``drafters``. ``on_tokens``
+        is called with new speech tokens as they are accepted; ``temperature`` is that of draft and target, the
+        voice's own by default. Raises InputError.
         """
-        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature)
+        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter)
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
         pieces = self.front.pieces(text, voice)
         text_seconds, codec_seconds = time.perf_counter() - began, 0.0
         results, audio, gap = [], [], np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
         for piece in pieces:
-            result = self.decode(
-                piece, method, voice, tolerance, draft_length, generator, on_tokens, **self._sampling(temperature)
-            )
+            settings = (method, voice, tolerance, draft_length, generator, on_tokens, drafter)
+            result = self.decode(piece, *settings, **self._sampling(temperature))
             results.append(result)
             began = time.perf_counter()
             if result.tokens:
@@ -155,6 +169,7 @@ class Voice:
             draft_length=draft_length,
             sample_rate=self.sample_rate,
             gap_seconds=self.gap_seconds,
+            drafter=drafter,
         )
 
     def stream(
@@ -166,6 +181,7 @@ class Voice:
         draft_length: int = 3,
         seed: int = 0,
         temperature: float | None = None,
+        drafter: str = "paper",
     ) -> Iterator[np.ndarray]:
         """``speak``'s audio in pieces, as soon as they are final: float32 (samples,); joined they are its audio.
 
@@ -173,12 +189,12 @@ class Voice:
         all before it, so that making the piece's sound from its beginning again costs no more than twice. Raises
         InputError.
         """
-        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature)
-        return self._stream(text, method, voice, tolerance, draft_length, seed, temperature)
+        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter)
+        return self._stream(text, method, voice, tolerance, draft_length, seed, temperature, drafter)
 
-    def _stream(self, text, method, voice, tolerance, draft_length, seed, temperature) -> Iterator[np.ndarray]:
+    def _stream(self, text, method, voice, tolerance, draft_length, seed, temperature, drafter) -> Iterator[np.ndarray]:
         generator, lookahead = torch.Generator(self.device).manual_seed(seed), self.front.lookahead
-        settings = (method, voice, tolerance, draft_length, generator)
+        settings = (method, voice, tolerance, draft_length, generator, drafter)
         pause = np.zeros(0, np.float32)  # before the first piece that has sound
         for piece in self.front.pieces(text, voice):
             tokens, sent, due = [], 0, math.inf if lookahead is None else FIRST_CHUNK + lookahead
@@ -194,12 +210,15 @@ class Voice:
                 yield audio[sent:] if sent else np.concatenate((pause, audio))
                 pause = np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
 
-    def decode(self, piece, method, voice, tolerance, draft_length, generator, on_tokens=None, **other) -> DecodeResult:
+    def decode(
+        self, piece, method, voice, tolerance, draft_length, generator, on_tokens=None, drafter="paper", **other
+    ) -> DecodeResult:
         """Speech tokens of one piece's text token ids; ``other`` replaces decoding settings."""
-        return collect(self.rounds(piece, method, voice, tolerance, draft_length, generator, **other), on_tokens)
+        rounds = self.rounds(piece, method, voice, tolerance, draft_length, generator, drafter, **other)
+        return collect(rounds, on_tokens)
 
     def rounds(
-        self, piece, method, voice, tolerance, draft_length, generator, **other
+        self, piece, method, voice, tolerance, draft_length, generator, drafter="paper", **other
     ) -> Generator[list[int], None, DecodeResult]:
         """``decode`` round by round: yields the new speech tokens of each, returns the result.
 
@@ -211,7 +230,7 @@ class Voice:
         prefix = self.prefix(piece, voice)
         clock.lap("prefill")
         target, draft = self.models
-        models = {"autoregressive": (target, None), "draft": (draft, None), "speculative": (target, draft)}[method]
-        result = yield from stream(*models, prefix, config, generator)
+        proposing = self.drafters[drafter] if method == "speculative" else None
+        result = yield from stream(draft if method == "draft" else target, proposing, prefix, config, generator)
         prefill = result.seconds["prefill"] + clock.seconds()["prefill"]
         return replace(result, seconds=result.seconds | {"prefill": prefill})

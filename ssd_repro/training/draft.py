@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..decoding.sampling import probabilities
-from ..errors import check_number
+from ..errors import InputError, check_number
 from ..files import git_state, locked
 from ..models import checkpoints
 from ..models.draft import make_draft
+from ..models.hidden_draft import HiddenDraft
 from ..models.speech_lm import SpeechLM
 from .data import Example, flat, hold_out
 from .deployed import Target, load_target, sample
+from .hidden import HiddenTask
 from .loop import Settings, Task, check_choice, check_identity, identity
 from .loop import train as run_training
 from .parallel import agree, processes
@@ -33,6 +35,7 @@ RECIPES = {"paper": "ce", "on-policy": "kl"}
 # ce: of the data's tokens (Eq. 7). kl: KL(q || p), from what the target samples from, top-k, top-p and RAS
 # included, to the draft's softmax. Both in nats.
 LOSSES = ("ce", "kl")
+DRAFTERS = ("paper", "hidden")
 
 
 def loss_of(recipe: str, loss: str) -> str:
@@ -87,16 +90,21 @@ def train_draft(
     out: Path,
     recipe: str = "paper",
     loss: str = "",
+    drafter: str = "paper",
     accelerator=None,
     log=print,
-) -> tuple[SpeechLM, list[dict]]:
-    """Train a draft -> the draft, and the rows of the log (``loop.train``, ``DraftTask.forward``).
+) -> tuple[SpeechLM | HiddenDraft, list[dict]]:
+    """Train a draft -> the draft, and the rows of the log (``loop.train``, ``DraftTask.forward``, ``HiddenTask``).
 
     ``out`` gets log.jsonl, checkpoint.pt while it runs, draft.safetensors and draft.json when it is
     done; the same call goes on from there. InputError if it holds another run.
     """
-    loss, out, accelerator = loss_of(recipe, loss), Path(out), accelerator or processes()
-    facts = {"recipe": recipe, "loss": loss, "target": checkpoints.weights_sha256(target.lm)}
+    check_choice("drafter", drafter, DRAFTERS)
+    if loss and drafter == "hidden":
+        raise InputError(f"loss is {loss!r}; a hidden-state drafter has one of its own: leave loss empty")
+    loss = "" if drafter == "hidden" else loss_of(recipe, loss)
+    out, accelerator = Path(out), accelerator or processes()
+    facts = {"recipe": recipe, "loss": loss, "drafter": drafter, "target": checkpoints.weights_sha256(target.lm)}
     facts["until"] = settings.until  # a draft that is done does not go on
     ours = identity(settings, facts, learned, dev)
 
@@ -108,7 +116,7 @@ def train_draft(
     if done := agree(accelerator, lambda: (out / "draft.json").exists() and finished()):
         return done
     target.lm.to(accelerator.device).eval()
-    task = DraftTask(target, loss)
+    task = HiddenTask(target) if drafter == "hidden" else DraftTask(target, loss)
     rows = run_training(task, learned, dev, settings, out, facts, accelerator, log)
     if accelerator.is_main_process:
         about = {"identity": ours, "settings": asdict(settings), "processes": accelerator.num_processes}
@@ -126,6 +134,7 @@ def train(
     settings: Settings,
     recipe: str = "paper",
     loss: str = "",
+    drafter: str = "paper",
     held_out: int = 64,
     longest: int = 1500,
     samples: int | None = None,
@@ -137,7 +146,8 @@ def train(
     held_out: rows, chosen by the seed, that are only evaluated on; longest: rows with more
     speech tokens are left out; samples: the on-policy recipe takes at most so many rows.
     """
-    loss = loss_of(recipe, loss)
+    loss_of(recipe, loss)
+    check_choice("drafter", drafter, DRAFTERS)
     for name, value, least in (("held_out", held_out, 0), ("longest", longest, 1), ("samples", samples, 1)):
         if value is not None:
             check_number(name, value, least, 1_000_000_000, whole=True)
@@ -157,4 +167,4 @@ def train(
             asked = [group[0] for group in held + rest[:samples]]  # renderings of a text have the same text
             spoken, ids = sample(target, asked, settings, Path(out) / "samples", accelerator, log), {o.id for o in dev}
             learned, dev = ([example for example in spoken if (example.id in ids) == kept] for kept in (False, True))
-        return train_draft(target, learned, dev, settings, out, recipe, loss, accelerator, log)
+        return train_draft(target, learned, dev, settings, out, recipe, loss, drafter, accelerator, log)

@@ -18,6 +18,7 @@ from ..decoding.sampling import Sampler
 from ..errors import InputError, check_number
 from ..models import checkpoints
 from ..models.codec import SAMPLE_RATE, Codec
+from ..models.hidden_draft import HiddenDraft
 from ..models.speech_lm import SpeechLM
 from ..speech.text import VOICES
 from .codec import Features, Hint, featurise
@@ -138,8 +139,9 @@ def write_voice(
     references: list[dict[str, str]],
     prompts: dict[str, dict],
     int8: bool = False,
+    hidden: HiddenDraft | None = None,
 ) -> None:
-    """Codec, target, draft (int8: of one byte a weight), and ``choose_examples``'s references and prompts, as one voice folder."""
+    """Codec, target, drafts, and ``choose_examples``'s references and prompts, as one voice folder (``save_voice``)."""
     import soundfile
 
     out = folder / "references"
@@ -152,4 +154,4 @@ def write_voice(
     names = {row["voice"]: f"{row['id']}.flac" for row in references}
     facts = {"voices": list(VOICES), "references": names, "prompts": prompts, "sampler": vars(SAMPLER)}
     facts["token_text_ratio"] = list(TOKEN_TEXT_RATIO)
-    checkpoints.save_voice(folder, codec, target, draft, facts, int8)
+    checkpoints.save_voice(folder, codec, target, draft, facts, int8, hidden)
