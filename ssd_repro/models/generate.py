@@ -140,8 +140,11 @@ def _check_request(generation_config: GenerationConfig, model_kwargs: dict) -> N
         raise InputError(f"{asked[0]} is not given by speculative decoding: leave it out.")
     if other := [name for name, value in model_kwargs.items() if name not in PREPARED and value is not None]:
         raise InputError(f"{other[0]} is not known to speculative decoding: it feeds input_ids or inputs_embeds alone.")
-    if model_kwargs.get("past_key_values") is None:
+    given = model_kwargs.get("past_key_values")
+    if given is None:
         raise InputError("use_cache is False, or the model has a cache of its own kind; a DynamicCache is needed.")
+    if held := int(given.get_seq_length()):
+        raise InputError(f"past_key_values holds {held} positions; it must be empty.")
 
 
 def _config(input_ids, stopping_criteria, generation_config, tolerance: float, draft_length: int) -> DecodeConfig:
@@ -178,7 +181,8 @@ def _prefixes(input_ids: Tensor, model_kwargs: dict, draft: PreTrainedModel) -> 
     if mask.shape != whole.shape[:2] or not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
         raise InputError("attention_mask must be zeros for left padding, then ones: pad prompts on the left.")
     places = model_kwargs.get("position_ids")
-    if places is not None and not torch.equal(places[mask], (mask.cumsum(-1) - 1)[mask].expand_as(places[mask])):
+    counted = mask.cumsum(-1) - 1
+    if places is not None and (places.shape != mask.shape or not torch.equal(places[mask], counted[mask])):
         raise InputError("position_ids must count from 0 at the first token that is not padding: leave them out.")
     return [row[keep][None] for row, keep in zip(whole, mask, strict=True)]
 
@@ -186,8 +190,6 @@ def _prefixes(input_ids: Tensor, model_kwargs: dict, draft: PreTrainedModel) -> 
 def _check_caches(model, draft, given: Cache, prefixes: list[Tensor], new: int) -> None:
     for name, cache in (("the model's", given), ("the draft's", new_cache(draft, given))):
         check_cache(cache, name)
-    if held := int(given.get_seq_length()):
-        raise InputError(f"past_key_values holds {held} positions; it must be empty.")
     if getattr(given, "_is_user_defined", False) and len(prefixes) > 1:
         raise InputError(f"past_key_values was given with {len(prefixes)} sequences: it serves one.")
     longest = max(prefix.shape[1] for prefix in prefixes)
