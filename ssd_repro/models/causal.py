@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
 from transformers.generation import logits_process as hf
 
 from ..errors import InputError
+from .speech_lm import SpeechLM
 
 # Cache layers that can be put back: what was fed after a place leaves no trace. A static layer with a sliding
 # window overwrites what it would need, a recurrent state adds up.
@@ -156,3 +157,36 @@ def law_of_row(processors: list, row: int, prompt: Tensor, greedy: bool) -> Gene
             process = hf.RepetitionPenaltyLogitsProcessor(process.penalty, padding[row : row + 1])
         own.append(process)
     return GenerationLaw(own, prompt, greedy)
+
+
+class CausalLM(nn.Module):
+    """A causal model as the trainer knows a ``SpeechLM``: text and speech are ids of its one vocabulary.
+
+    stored: the dtype that its folder has, and that a draft for it is saved in.
+    """
+
+    cast = SpeechLM.cast
+
+    def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model, self.stored = model, stored or model.dtype
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def prefix(self, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
+        """As ``SpeechLM.prefix``."""
+        return self.model.get_input_embeddings()(torch.cat((prompt_text, text, prompt_speech)))[None]
+
+    def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
+        """As ``SpeechLM.forward``; logits are computed at places where any row wants them."""
+        if at is None or not self.model._supports_logits_to_keep():
+            logits = self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+            return logits if at is None else logits[at]
+        places = at.any(0).nonzero()[:, 0]
+        logits = self.model(inputs_embeds=inputs_embeds, use_cache=False, logits_to_keep=places).logits
+        return logits[at[:, places]]
+
+    def session(self) -> CausalSession:
+        return CausalSession(self.model, new_cache(self.model))

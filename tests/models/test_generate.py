@@ -275,7 +275,7 @@ def tables(model, draft, row, sampling):
 
 
 def simulate(p, q, draws, rng):
-    """``draws`` runs of the loop with max_new_tokens 3, at once: x from the target, y drafted and judged, z after it."""
+    """``draws`` runs of the loop with max_new_tokens 3, at once: x from the target, y drafted and judged, then z."""
     x = draw(q[0, 0].expand(draws, VOCAB), rng)
     q_y = q[x * VOCAB, 1]
     y = draw(p[x], rng)
