@@ -5,12 +5,13 @@ from importlib import import_module
 from .errors import InputError
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "InputError", "Take", "Voice", "load", "make_draft", "speculative_generate"]
+__all__ = ["METHODS", "InputError", "Take", "Voice", "load", "load_draft", "make_draft", "speculative_generate"]
 _HOMES = {
     "METHODS": "speech.voice",
     "Take": "speech.take",
     "Voice": "speech.voice",
     "load": "speech.load",
+    "load_draft": "models.checkpoints",
     "make_draft": "models.draft",
     "speculative_generate": "models.generate",
 }

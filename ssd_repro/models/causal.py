@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
 from transformers.generation import logits_process as hf
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .speech_lm import SpeechLM
 
 # Cache layers that can be put back: what was fed after a place leaves no trace. A static layer with a sliding
@@ -172,6 +174,11 @@ class CausalLM(nn.Module):
         self.model, self.stored = model, stored or model.dtype
 
     @property
+    def name(self) -> str:
+        """That of the folder it came from."""
+        return Path(self.model.config.name_or_path).name or type(self.model).__name__
+
+    @property
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
@@ -190,3 +197,17 @@ class CausalLM(nn.Module):
 
     def session(self) -> CausalSession:
         return CausalSession(self.model, new_cache(self.model))
+
+
+def load_causal(folder: Path) -> CausalLM:
+    """The causal model in a folder that ``from_pretrained`` reads, fp32 on the CPU. InputError if it cannot be read."""
+    try:
+        stored = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} is not a causal language model of transformers: {first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} the first: copy it again")
+    return CausalLM(model.eval(), stored or torch.float32)

@@ -100,6 +100,17 @@ def speculative_generate(
     )
 
 
+def decode_config(model: PreTrainedModel, prompt: Tensor, **asked) -> DecodeConfig:
+    """How ``generate(prompt, **asked)`` decodes ids (1, T), for the loop; by no forward."""
+
+    def take(_, input_ids, logits_processor, stopping_criteria, generation_config, **__):
+        config = _config(input_ids, stopping_criteria, generation_config, 0.0, 1)
+        law = law_of_row(logits_processor, 0, input_ids[0], not generation_config.do_sample)
+        return replace(config, sampler=law)
+
+    return model.generate(prompt, custom_generate=take, attention_mask=torch.ones_like(prompt), **asked)
+
+
 def _argument_of_generate(name: str):
     """An argument of the ``generate`` that called us; None if there is none.
 

@@ -4,14 +4,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from tiny_models import EOS, FAMILIES, SLIDING, tiny, uncached
 from toys import generator
-from transformers import DynamicCache, LogitsProcessorList, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessorList,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.generation import logits_process as hf
 
 from ssd_repro.errors import InputError
 from ssd_repro.models import causal
 from ssd_repro.models.causal import CausalSession, GenerationLaw, check_cache, new_cache
+from ssd_repro.models.draft import make_draft, own_parameters, split_of
 
 MODELS = {family: tiny(family) for family in FAMILIES}
 
@@ -135,3 +144,55 @@ def test_rows_of_a_batch_have_their_own_padding():
     for row in range(2):
         law = causal.law_of_row([penalty], row, ids[row], False)
         torch.testing.assert_close(law(logits[:1], ids[0, :0])[0], want[row])
+
+
+# --- the draft -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_make_draft_of_any_family(family, tied, tmp_path):
+    target = tiny(family, layers=6, tie_word_embeddings=tied)
+    before = {name: p.clone() for name, p in target.named_parameters()}
+    draft = make_draft(target, bottom=2, top=2)
+    theirs = {id(p) for p in target.parameters()}
+    shared = {name for name, p in draft.named_parameters() if id(p) in theirs}
+    mine = dict(draft.named_parameters()).keys() - shared
+    places = {name.split("layers.")[1][0] for name in mine if "layers." in name}
+    assert places == {"0", "1"} and own_parameters(draft).keys() == mine
+    assert len(draft.get_output_embeddings().weight) == 11 and not draft.config.tie_word_embeddings
+    assert {name for name in mine if "layers." not in name} <= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
+    assert split_of(draft) == {"bottom": 2, "top": 2} and target.config.num_hidden_layers == 6
+    with torch.no_grad():
+        for p in own_parameters(draft).values():
+            p.add_(0.01)
+    assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
+
+    draft.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert len(file.keys()) == len(list(draft.parameters()))  # each tensor once
+    read, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation=target.config._attn_implementation
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.randint(2, 11, (2, 9), generator=generator(1))
+    torch.testing.assert_close(uncached(read, ids), uncached(draft, ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_draft_of_every_layer_is_the_target(family):
+    target = tiny(family, layers=4)
+    draft, ids = make_draft(target, bottom=1, top=3), torch.arange(9)[None]
+    assert torch.equal(uncached(draft, ids), uncached(target, ids))
+    session, whole = CausalSession(draft, new_cache(draft)), uncached(draft, ids)
+    with torch.inference_mode():
+        session.prefill(ids[:, :4])
+        torch.testing.assert_close(session.extend(ids[:, 4:]), whole[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_no_draft_of_what_is_not_one_stack():
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=11, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2))
+    with pytest.raises(InputError, match="T5ForConditionalGeneration is not one stack"):
+        make_draft(t5)
+    with pytest.raises(InputError, match="2 bottom"):
+        make_draft(tiny("llama"), bottom=2, top=6)
