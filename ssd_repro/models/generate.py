@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..decoding.result import DecodeConfig, DecodeResult
 from ..decoding.speculative import stream
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .causal import Model, check_cache, law_of_row, new_cache
 
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -72,6 +72,8 @@ def speculative_generate(
     _check_request(generation_config, model_kwargs)
     if streamer is not None and len(input_ids) > 1:
         raise InputError(f"a streamer was given with {len(input_ids)} sequences: it takes one at a time.")
+    if input_ids.device != model.device:
+        raise InputError(f"input_ids are on {input_ids.device}, the model is on {model.device}: move them there.")
     prefixes = _prefixes(input_ids, model_kwargs, draft)
     config = _config(input_ids, stopping_criteria, generation_config, tolerance, draft_length)
     greedy = not generation_config.do_sample
@@ -101,14 +103,18 @@ def speculative_generate(
 
 
 def decode_config(model: PreTrainedModel, prompt: Tensor, **asked) -> DecodeConfig:
-    """How ``generate(prompt, **asked)`` decodes ids (1, T), for the loop; by no forward."""
+    """How ``generate(prompt, **asked)`` decodes ids (1, T), for the loop; by no forward. InputError as above."""
 
-    def take(_, input_ids, logits_processor, stopping_criteria, generation_config, **__):
+    def take(_, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
+        _check_request(generation_config, prepared)
         config = _config(input_ids, stopping_criteria, generation_config, 0.0, 1)
         law = law_of_row(logits_processor, 0, input_ids[0], not generation_config.do_sample)
         return replace(config, sampler=law)
 
-    return model.generate(prompt, custom_generate=take, attention_mask=torch.ones_like(prompt), **asked)
+    try:
+        return model.generate(prompt, custom_generate=take, attention_mask=torch.ones_like(prompt), **asked)
+    except ValueError as error:  # transformers' own refusals; InputError is one, too
+        raise InputError(f"the model's generation config cannot be followed: {first_line(error)}") from None
 
 
 def _argument_of_generate(name: str):

@@ -96,12 +96,13 @@ class CausalTarget(Target):
 
 
 def causal_target(folder: Path) -> CausalTarget:
-    """InputError if the model has no end of speech."""
+    """InputError if the model has no end of speech, or a generation config that cannot be followed."""
     lm = load_causal(folder)
     stops = lm.model.generation_config.eos_token_id
     if stops is None:
         raise InputError(f"{folder}/generation_config.json has no eos_token_id: the token that ends the speech")
     stop = stops if isinstance(stops, int) else stops[0]
+    config_of_generate(lm.model, torch.full((1, 1), stop), max_new_tokens=1)
     return CausalTarget(lm, lm.model.get_input_embeddings().num_embeddings, stop, config=None)
 
 

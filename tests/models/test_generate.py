@@ -28,7 +28,7 @@ MODELS = {family: tiny(family) for family in FAMILIES}
 DRAFTS = {family: tiny(family, layers=2) for family in FAMILIES}
 LLAMA, DRAFT = MODELS["llama"], DRAFTS["llama"]
 IDS = torch.randint(2, 11, (3, 6), generator=generator(4))
-MASK = torch.ones_like(IDS)
+MASK, MASK_12 = torch.ones_like(IDS), torch.ones(1, 12, dtype=torch.int64)
 MASK[1, :2] = MASK[2, :5] = 0
 IDS[MASK == 0] = PAD
 
@@ -393,7 +393,7 @@ def test_bad_input_is_one_sentence_before_any_forward(asked, words, no_forward):
 def test_a_cache_that_holds_something_is_refused():
     cache = LLAMA(IDS[:1], use_cache=True).past_key_values
     with pytest.raises(InputError, match="holds 6 positions"):
-        speculate(LLAMA, DRAFT, input_ids=IDS[:1], past_key_values=cache, attention_mask=torch.ones(1, 12).long())
+        speculate(LLAMA, DRAFT, input_ids=IDS[:1], past_key_values=cache, max_new_tokens=3, attention_mask=MASK_12)
 
 
 def test_an_encoder_decoder_is_refused():

@@ -55,6 +55,7 @@ def test_both_recipes(world, recipe, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"] and plain.dtype == torch.bfloat16
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert len(set(file.keys())) == len(list(plain.named_parameters()))  # each tensor once
+    assert str(world) not in (tmp_path / "config.json").read_text()
     card = (tmp_path / "README.md").read_text()
     assert "base_model: target" in card and f"recipe {recipe}" in card and str(world) not in card
     if model.config.model_type != "llama":
@@ -117,6 +118,12 @@ def test_bad_targets_say_so(world, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no eos_token_id"):
         load_target(tmp_path)
+    for name, value, words in (("num_beams", 3, "num_beams 3"), ("stop_strings", ["a"], "stop strings")):
+        fresh = AutoModelForCausalLM.from_pretrained(world / "target")
+        setattr(fresh.generation_config, name, value)
+        fresh.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=f"cannot be followed: .*{words}"):
+            load_target(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7, "layer_types": None}))
     with pytest.raises(InputError, match="lacks"):
