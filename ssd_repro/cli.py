@@ -96,7 +96,7 @@ def parser() -> Parser:
     tokens.set_defaults(function=run_tokenise)
 
     train = commands.add_parser("train-draft", help="train a draft for a target; alone or launched")
-    train.add("--target", REQUIRED, "CosyVoice 2 or 3, or a voice folder", Path)
+    train.add("--target", REQUIRED, "CosyVoice 2 or 3, a voice folder, or a causal model of transformers", Path)
     train.add("--data", REQUIRED, "folder of rows of text and speech tokens, *.jsonl[.gz]", Path)
     train.add("--out", REQUIRED, "folder for the draft; the same command goes on where a killed one was", Path)
     train.add("--recipe", "paper", "paper: learn from the data's speech; on-policy: from the target's own")

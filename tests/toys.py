@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import torch
 
+from ssd_repro.decoding import speculative as speculative_module
 from ssd_repro.decoding.sampling import probabilities
 from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
 
@@ -86,6 +90,39 @@ def exact_law(table: torch.Tensor, config) -> dict[tuple[int, ...], float]:
                     (law if ended else following)[(*past, token)] = mass * chance
         alive = following
     return law
+
+
+def law_of_all_branches(run, monkeypatch) -> dict:
+    """The exact law of what ``run()`` returns: every draw and every verdict taken each way in turn."""
+    law, script = Counter(), []
+    accept = speculative_module.Tolerance.accept
+
+    def choose(chances: list[float]) -> int:
+        options = [i for i, chance in enumerate(chances) if chance > 0]
+        pick = script[len(trace)] if len(trace) < len(script) else 0
+        trace.append((pick, len(options)))
+        mass[0] *= chances[options[pick]]
+        return options[pick]
+
+    def draw(probs, rng):
+        return torch.tensor(choose(probs.tolist()))
+
+    def verdict(rule, p, q, tokens):
+        kept = accept(rule, p, q, tokens).tolist()
+        upto = [math.prod(kept[:n]) for n in range(len(kept) + 1)]
+        n = choose([*(a * (1 - k) for a, k in zip(upto, kept, strict=False)), upto[-1]])
+        return (torch.arange(len(kept)) < n).float()
+
+    monkeypatch.setattr(speculative_module, "draw", draw)
+    monkeypatch.setattr(speculative_module.Tolerance, "accept", verdict)
+    while True:
+        trace, mass = [], [1.0]
+        law[run()] += mass[0]
+        while trace and trace[-1][0] + 1 == trace[-1][1]:
+            trace.pop()
+        if not trace:
+            return law
+        script = [pick for pick, _ in trace[:-1]] + [trace[-1][0] + 1]
 
 
 def tiny_lm(layers: int = 4, seed: int = 0, vocab: int = 13) -> SpeechLM:

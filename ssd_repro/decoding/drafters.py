@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .result import DecodeConfig
-from .sampling import Sampler, draw, probabilities
+from .sampling import Law, Sampler, draw, probabilities
 
 
 class LanguageModel(Protocol):
@@ -52,10 +52,10 @@ class Tape:
     draft and target alike.
     """
 
-    def __init__(self, sampler: Sampler, capacity: int, ban_mask: Tensor, min_tokens: int = 0) -> None:
+    def __init__(self, sampler: Sampler | Law, capacity: int, ban_mask: Tensor, min_tokens: int = 0) -> None:
         """capacity: cells, in tokens; ban_mask: bool (V,), banned at positions < min_tokens."""
         self.sampler, self.ban_mask, self.min_tokens = sampler, ban_mask, min_tokens
-        self.pad = sampler.ras_window if sampler.ras else 1
+        self.pad = sampler.ras_window if isinstance(sampler, Sampler) and sampler.ras else 1
         self.cells = ban_mask.new_full((self.pad + capacity,), -1, dtype=torch.int64)
         self.size = 0
 
@@ -83,6 +83,8 @@ class Tape:
         Position i sees the cells before it, the draft's own among them.
         """
         n = logits.shape[0]
+        if not isinstance(self.sampler, Sampler):
+            return self.sampler(logits, self.tokens(0, first + n - 1))
         history = self.cells[first : first + self.pad + n - 1].unfold(0, self.pad, 1)
         banned = None
         if first + n <= self.min_tokens:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from ..errors import InputError, check_number
-from .sampling import Sampler
+from .sampling import Law, Sampler
 
 PHASES = ("prefill", "draft", "verify", "rest")
 
@@ -22,6 +22,7 @@ class NumericsError(InputError):
 class DecodeConfig:
     """What to decode; checked here and nowhere else (InputError).
 
+    sampler       how a step samples; a ``Law`` in its place bans what it bans itself (min_tokens is 0 then)
     max_tokens    the sequence is at most so long (the last drafts are shortened)
     stop_ids      tokens that end the sequence; they do not stand in the result
     min_tokens    banned_ids are banned, for draft and target, at positions below this
@@ -30,7 +31,7 @@ class DecodeConfig:
     tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's distribution
     """
 
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: Sampler | Law = field(default_factory=Sampler)
     max_tokens: int
     min_tokens: int = 0
     stop_ids: tuple[int, ...]
@@ -39,10 +40,11 @@ class DecodeConfig:
     tolerance: float = 0.4
 
     def __post_init__(self):
-        if not isinstance(self.sampler, Sampler):
+        if not (isinstance(self.sampler, Sampler) or callable(self.sampler)):
             raise InputError(f"sampler is {self.sampler!r}; it must be a Sampler.")
         check_number("max_tokens", self.max_tokens, 1, 1_000_000, whole=True)
-        check_number("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
+        longest = self.max_tokens if isinstance(self.sampler, Sampler) else 0
+        check_number("min_tokens", self.min_tokens, 0, longest, whole=True)
         for name, ids in (("stop_ids", self.stop_ids), ("banned_ids", self.banned)):
             if not isinstance(ids, tuple):
                 raise InputError(f"{name} is {ids!r}; it must be a tuple of token ids.")
@@ -90,7 +92,7 @@ class Round:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """tokens without the stop token; stopped: by one, rather than by max_tokens.
+    """tokens without the stop token; stopped: by one, rather than by max_tokens; stop: that token.
 
     target_calls and draft_calls count forward passes, the prefill among them. seconds:
     prefill, draft, verify (the target's forwards, the sampling and the judging) and rest, by
@@ -103,6 +105,7 @@ class DecodeResult:
     target_calls: int
     draft_calls: int
     seconds: dict[str, float]
+    stop: int | None = None
 
     @property
     def drafted(self) -> int:

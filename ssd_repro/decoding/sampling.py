@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +53,16 @@ class Sampler:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
         check_number("ras_window", self.ras_window, 1, 1000, whole=True)
         check_number("ras_tau", self.ras_tau, 0.001, 1.0)
+
+
+class Law(Protocol):
+    """What a step samples from as a function, in place of a ``Sampler``; draft and target go through the same."""
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """logits (n, V), tokens (m + n - 1,) -> float32 (n, V); row i comes after the first m + i tokens.
+
+        A row whose logits hold a NaN, or that leaves nothing to draw, must come out NaN.
+        """
 
 
 def probabilities(logits: Tensor, history: Tensor, sampler: Sampler, banned: Tensor | None = None) -> Tensor:

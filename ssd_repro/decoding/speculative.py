@@ -216,7 +216,7 @@ def _rounds(
 
     tokens: list[int] = []
     rounds: list[Round] = []
-    stopped = False
+    stopped, stop_token = False, None
     while not stopped and tape.size < config.max_tokens:
         room = config.max_tokens - tape.size - 1  # besides the token that the target adds
         count = min(config.draft_length, room) if drafter and rounds else 0
@@ -235,7 +235,7 @@ def _rounds(
         stop = next((i for i, token in enumerate(news) if token in config.stop_ids), None)
         stopped = stop is not None
         if stopped:
-            news = news[: stop + 1]
+            news, stop_token = news[: stop + 1], news[stop]
         rounds.append(Round.of(proposal, accepted, len(news)))
         tape.size += len(news)
         session.crop(start + tape.size - 1)
@@ -247,8 +247,8 @@ def _rounds(
         if speech:
             yield speech
             clock.lap(None)
-    draft_calls = drafter.calls if drafter else 0
-    return DecodeResult(tuple(tokens), stopped, tuple(rounds), target_calls, draft_calls, clock.seconds())
+    calls = target_calls, drafter.calls if drafter else 0
+    return DecodeResult(tuple(tokens), stopped, tuple(rounds), *calls, clock.seconds(), stop_token)
 
 
 def _judge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import textwrap
@@ -11,10 +12,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2Config
+from transformers import PreTrainedModel, Qwen2Config
 
 from ..errors import InputError, first_line
 from ..files import sha256, write_bytes, write_text
+from .causal import CausalLM
 from .codec import Codec, CodecConfig
 from .draft import make_draft, own_parameters, split_of
 from .hidden_draft import HiddenDraft
@@ -25,6 +27,25 @@ FORMAT = 2
 PARTS = ("codec", "target", "draft")
 SCALE = ".row_scale"
 DRAFT_FILES = ("draft.json", "draft.safetensors")
+CARD = """---
+library_name: transformers
+base_model: {target}
+tags: [speculative-decoding, text-to-speech, draft]
+---
+
+# A draft of {bottom} + {top} layers for {target}
+
+Layers and head of its own: the {bottom} bottom layers and the head. All else is a copy of the target's. It was trained
+by `ssd-repro train-draft` (Speech Speculative Decoding, arXiv 2505.15380), recipe {recipe}, loss {loss}, on {rows}
+rows; draft.json has the settings and the log. It is of use beside its target alone:
+
+```python
+from ssd_repro import speculative_generate
+
+draft = AutoModelForCausalLM.from_pretrained("this folder")
+model.generate(**inputs, custom_generate=speculative_generate, assistant_model=draft, tolerance=0.4, draft_length=3)
+```
+"""
 
 
 def weights_sha256(lm: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -109,12 +130,19 @@ def load_hidden(folder: Path, target: SpeechLM, about: dict) -> HiddenDraft | No
 def save_draft(folder: Path, draft: SpeechLM | HiddenDraft, target: SpeechLM, facts: dict) -> None:
     """Write draft.safetensors, what the draft does not share with the target, fp32, and draft.json.
 
-    draft.json comes last: where it is, the draft is whole.
+    Of a causal model of transformers instead what ``from_pretrained`` reads: the whole small model in the target's
+    dtype, each tensor once, config.json and a model card. draft.json comes last: where it is, the draft is whole.
     """
-    digest = _write_tensors(folder / DRAFT_FILES[1], own_parameters(draft), torch.float32)
+    if isinstance(draft, CausalLM):
+        copy.deepcopy(draft.model).to(draft.stored).save_pretrained(folder)
+        known = facts | facts["identity"] | split_of(draft)
+        write_text(folder / "README.md", CARD.format(**{**known, "target": target.name}))
+        digest = sha256(folder / "model.safetensors")
+    else:
+        digest = _write_tensors(folder / DRAFT_FILES[1], own_parameters(draft), torch.float32)
     about = {
         "format": FORMAT,
-        "layers": split_of(draft) if isinstance(draft, SpeechLM) else draft.sizes,
+        "layers": draft.sizes if isinstance(draft, HiddenDraft) else split_of(draft),
         "target": {str(dtype): weights_sha256(target, dtype) for dtype in (torch.bfloat16, torch.float16)},
         **facts,
         "sha256": digest,
@@ -127,13 +155,20 @@ def read_draft_facts(folder: Path) -> dict:
     return _read_description(Path(folder) / DRAFT_FILES[0], ("layers", "target", "sha256"))
 
 
-def load_draft(folder: Path, target: SpeechLM) -> SpeechLM | HiddenDraft:
+def load_draft(
+    folder: Path, target: PreTrainedModel | CausalLM | SpeechLM
+) -> PreTrainedModel | CausalLM | SpeechLM | HiddenDraft:
     """The drafter that ``ssd-repro train-draft`` wrote, on the target's parameters, device and dtype.
+
+    What both share is in memory once (``from_pretrained`` of a draft's folder has it a second time).
 
     target: the one that it was trained for, in fp32, bf16 or fp16. InputError if a file is missing
     or damaged, or if the draft is of another target.
     """
-    path, about = Path(folder) / DRAFT_FILES[1], read_draft_facts(folder)
+    if isinstance(target, PreTrainedModel):
+        return load_draft(folder, CausalLM(target)).model
+    whole = isinstance(target, CausalLM)
+    path, about = Path(folder) / ("model.safetensors" if whole else DRAFT_FILES[1]), read_draft_facts(folder)
     state = _read_tensors(path, about["sha256"], path.with_name(DRAFT_FILES[0]))
     dtype = torch.float16 if target.head.weight.dtype == torch.float16 else torch.bfloat16
     known = about["target"].get(str(dtype), "")
@@ -211,7 +246,6 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _draft(target: SpeechLM, layers: dict[str, int], own: dict[str, Tensor], path: Path) -> SpeechLM:
-    """The target's draft with its ``own`` weights, read from ``path``."""
     return _with_own(make_draft(target, **layers), own, path)
 
 
@@ -220,6 +254,9 @@ def _hidden(target: SpeechLM, sizes: dict[str, int], own: dict[str, Tensor], pat
 
 
 def _with_own(draft: nn.Module, own: dict[str, Tensor], path: Path):
+    """``draft`` with its ``own`` weights, read from ``path``; of a whole model the others are the target's."""
     names = own_parameters(draft)
+    if isinstance(draft, CausalLM):
+        own = {name: own[file_name] for name in names if (file_name := name.removeprefix("model.")) in own}
     _fill(draft, own | {name: value for name, value in draft.state_dict().items() if name not in names}, path)
     return draft.eval()

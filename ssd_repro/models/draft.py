@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
+from .causal import CausalLM
 from .speech_lm import SpeechLM
 
 
@@ -17,8 +19,20 @@ def own_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
 
 def split_of(draft: nn.Module) -> dict[str, int]:
     """{"bottom": own layers, "top": layers shared with the target} of a draft of ``make_draft``."""
-    own = {name.split(".")[2] for name in own_parameters(draft) if name.startswith("model.layers.")}
-    return {"bottom": len(own), "top": len(draft.model.layers) - len(own)}
+    layers = layers_of(draft if isinstance(draft, PreTrainedModel) else draft.model)
+    own = sum(next(layer.parameters()).requires_grad for layer in layers)
+    return {"bottom": own, "top": len(layers) - own}
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers; InputError if the model does not have them in one list."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [m for m in model.base_model.children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1 or model.config.is_encoder_decoder:
+        raise InputError(
+            f"{type(model).__name__} is not one stack of {count} decoder layers: no draft can be cut from it."
+        )
+    return found[0]
 
 
 def draft_layers(
@@ -44,28 +58,55 @@ def draft_layers(
 
 
 def make_draft(
-    target: SpeechLM, depth: int | None = None, bottom: int | None = None, top: int | None = None
-) -> SpeechLM:
-    """The paper's draft: the target's bottom and top layers (``draft_layers``), its own head.
+    target: PreTrainedModel | CausalLM | SpeechLM,
+    depth: int | None = None,
+    bottom: int | None = None,
+    top: int | None = None,
+) -> PreTrainedModel | CausalLM | SpeechLM:
+    """The paper's draft: the target's bottom and top layers (``draft_layers``), its own head -> of the target's type.
 
-    Shared with the target, the same Parameter objects: embeddings, top layers, final norm.
-    Own, begun as copies of the target's: bottom layers and head; only these require
-    gradients. The shared parameters are frozen, in the target too.
+    target: a causal language model of transformers, or a speech model of this package. Shared with it, the same
+    Parameter objects: embeddings, top layers, final norm. Own, begun as copies of the target's: bottom
+    layers and head, also where the target's head is tied to its embeddings; only these require gradients. The
+    shared parameters are frozen, in the target too. A PreTrainedModel's ``save_pretrained`` writes a whole small
+    model, each tensor once, which any ``from_pretrained`` reads.
     """
-    layers = len(target.model.layers)
-    bottom, top = draft_layers(layers, depth, bottom, top)
-    own = {id(parameter) for parameter in target.model.layers[:bottom].parameters()}
-    shared = {id(parameter): parameter for parameter in target.model.parameters() if id(parameter) not in own}
-    model = copy.deepcopy(target.model, shared)  # what its memo knows is not copied
-    model.layers = model.layers[:bottom] + model.layers[layers - top :]
-    for place, layer in enumerate(model.layers):
-        layer.self_attn.layer_idx = place  # in the cache
-    model.config.num_hidden_layers, types = bottom + top, model.config.layer_types
-    model.config.layer_types = types[:bottom] + types[layers - top :]
-    draft = SpeechLM(model, target.speech_embedding.num_embeddings)
-    draft.speech_embedding = target.speech_embedding
-    draft.head = copy.deepcopy(target.head)
+    if isinstance(target, CausalLM):
+        return CausalLM(make_draft(target.model, depth, bottom, top), target.stored)
+    whole = isinstance(target, PreTrainedModel)
+    source = target if whole else target.model
+    bottom, top = draft_layers(len(layers_of(source)), depth, bottom, top)
+    draft = model = _shortened(source, bottom, top)
+    if whole:
+        head = copy.deepcopy(target.get_output_embeddings())
+        model.set_output_embeddings(head)
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    else:
+        draft = SpeechLM(model, target.speech_embedding.num_embeddings)
+        draft.speech_embedding = target.speech_embedding
+        draft.head = head = copy.deepcopy(target.head)
     draft.requires_grad_(False)
-    for trained in (*model.layers[:bottom], draft.head):
+    for trained in (*layers_of(model)[:bottom], head):
         trained.requires_grad_(True)
     return draft.train(target.training)
+
+
+def _shortened(source: PreTrainedModel, bottom: int, top: int) -> PreTrainedModel:
+    """A copy with these layers alone, whose parameters are the source's own but for the bottom layers'."""
+    layers = layers_of(source)
+    count = len(layers)
+    own = {id(parameter) for parameter in layers[:bottom].parameters()}
+    shared = {id(parameter): parameter for parameter in source.parameters() if id(parameter) not in own}
+    model = copy.deepcopy(source, shared)  # what its memo knows is not copied
+    kept, config = layers_of(model), model.config
+    del kept[bottom : count - top]
+    for place, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place  # in the cache
+    for name, value in vars(config).items():  # layer_types, and what else has an entry for each layer
+        if "layer" in name and isinstance(value, list) and len(value) == count:
+            setattr(config, name, value[:bottom] + value[count - top :])
+    config.num_hidden_layers = bottom + top
+    return model

@@ -9,6 +9,9 @@ A data folder holds ``*.jsonl`` or ``*.jsonl.gz`` files, as many as you like, on
                    They come before the text and before the speech, and are never a label.
     stopped        optional, true: false if the speech was cut off before its end
 
+For a causal model of transformers all of these are ids of its one vocabulary: text_ids the whole prompt as
+its processor makes it, the marks before the speech among them; speech without the token that ends it;
+
 or, for the bundled voice, rows of notebook 11: id, voice, phones, codes (several renderings of the
 utterance), aligned (of each rendering the [phone, next phone] that each token belongs to).
 """

@@ -9,14 +9,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..decoding.result import DecodeConfig
-from ..decoding.sampling import Sampler
+from ..decoding.sampling import Sampler, probabilities
 from ..decoding.speculative import autoregressive
 from ..errors import InputError
 from ..files import write_text
 from ..models import checkpoints, cosyvoice
+from ..models.causal import FREE, GenerationLaw, load_causal
+from ..models.generate import decode_config as config_of_generate
 from ..models.speech_lm import SpeechLM
 from ..speech.bundled import Bundled, decode_config
 from .data import Example, collate, read_data
@@ -42,12 +46,64 @@ class Target:
     needed: tuple[int, ...] = ()
 
     def read(self, data: Path) -> list[list[Example]]:
-        return read_data(data, self.lm.model.embed_tokens.num_embeddings, self.codes, self.prompts, self.needed)
+        texts = self.lm.model.get_input_embeddings().num_embeddings
+        return read_data(data, texts, self.codes, self.prompts, self.needed)
+
+    @property
+    def window(self) -> int:
+        """Tokens of history that ``deployed`` looks at."""
+        return self.config(1).sampler.ras_window
+
+    def deployed(self, raw: Tensor, history: Tensor) -> Tensor:
+        """What is sampled from, given logits (N, V) and history (N, window); without the ban on early stops."""
+        return probabilities(raw, history, self.config(1).sampler)
+
+    def decoding(self, example: Example) -> DecodeConfig:
+        """How the target says this text when it is deployed."""
+        return self.config(len(example.text))
+
+    def described(self) -> dict:
+        """``decoding`` for JSON: its lengths for 100 text tokens."""
+        return asdict(self.config(100))
 
     @torch.no_grad()
     def collate(self, examples: list[Example]):
         """Embeddings are frozen: they are looked up here, outside of what is trained."""
-        return collate(self.lm, examples, self.stop, self.config(1).sampler.ras_window)
+        return collate(self.lm, examples, self.stop, self.window)
+
+
+@dataclass(frozen=True)
+class CausalTarget(Target):
+    """A causal model of transformers: text and speech are ids of one vocabulary, generation_config.json decodes."""
+
+    window = 1
+
+    def deployed(self, raw: Tensor, history: Tensor) -> Tensor:
+        """By the processors that do not look at tokens: temperature, top-k, top-p, min-p; not the penalties."""
+        prompt = torch.full((1, 1), self.stop, device=raw.device)
+        law = config_of_generate(self.lm.model, prompt, max_new_tokens=1).sampler
+        return GenerationLaw([one for one in law.processors if type(one) in FREE], law.prompt, law.greedy)(raw, None)
+
+    def decoding(self, example: Example) -> DecodeConfig:
+        """By all of generation_config.json; where that has no length, until the model's positions end."""
+        prompt = torch.from_numpy(np.concatenate((example.prompt_text, example.text, example.prompt_speech))).long()
+        settings, room = self.lm.model.generation_config, self.lm.model.config.max_position_embeddings - len(prompt)
+        asked = {} if settings.max_new_tokens or settings.max_length else {"max_new_tokens": max(1, room)}
+        return config_of_generate(self.lm.model, prompt[None].to(self.lm.head.weight.device), **asked)
+
+    def described(self) -> dict:
+        return self.lm.model.generation_config.to_diff_dict()
+
+
+def causal_target(folder: Path) -> CausalTarget:
+    """InputError if the model has no end of speech, or a generation config that cannot be followed."""
+    lm = load_causal(folder)
+    stops = lm.model.generation_config.eos_token_id
+    if stops is None:
+        raise InputError(f"{folder}/generation_config.json has no eos_token_id: the token that ends the speech")
+    stop = stops if isinstance(stops, int) else stops[0]
+    config_of_generate(lm.model, torch.full((1, 1), stop), max_new_tokens=1)
+    return CausalTarget(lm, lm.model.get_input_embeddings().num_embeddings, stop, config=None)
 
 
 def voice_target(
@@ -63,11 +119,13 @@ def voice_target(
 
 
 def load_target(path: Path) -> Target:
-    """A voice folder, or what ``load_cosyvoice`` reads. InputError if it is neither, or damaged."""
+    """A voice folder, one of transformers, or what ``load_cosyvoice`` reads. InputError if it is none, or damaged."""
     if (Path(path) / "voice.json").is_file():
         codec, lm, _, about = checkpoints.load_voice(Path(path))
         sampler = Bundled(codec, about, Path(path)).sampler
         return voice_target(lm, codec.config.codebook_size, sampler, about["token_text_ratio"], about.get("prompts"))
+    if (Path(path) / "config.json").is_file():
+        return causal_target(Path(path))
     lm = cosyvoice.load_cosyvoice(path)
     needed = (cosyvoice.END_OF_PROMPT,) if lm.layout.version == 3 else ()
     return Target(lm, cosyvoice.SPEECH_TOKENS, lm.layout.eos, lm.layout.config, needed=needed)
@@ -82,7 +140,7 @@ def sample(target: Target, examples: list[Example], settings: Settings, folder: 
     texts = [replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]
     about = {"seed": settings.seed, "precision": settings.precision, "data": data_sha256(texts)}
     about["target"] = checkpoints.weights_sha256(target.lm)
-    about["decoding"] = asdict(target.config(100))  # its lengths for 100 text tokens
+    about["decoding"] = target.described()
     path = folder / "about.json"
 
     def check() -> None:
@@ -109,5 +167,5 @@ def sample_one(target: Target, example: Example, seed: int) -> Example:
     text, _, *prompt = (torch.from_numpy(part).long().to(device) for part in example.parts)
     own = int.from_bytes(hashlib.sha256(f"{seed}/{example.id}".encode()).digest()[:7], "big")
     generator = torch.Generator(device).manual_seed(own)
-    result = autoregressive(target.lm, target.lm.prefix(text, *prompt), target.config(len(example.text)), generator)
+    result = autoregressive(target.lm, target.lm.prefix(text, *prompt), target.decoding(example), generator)
     return Example.from_row(example.row() | {"speech": list(result.tokens), "stopped": result.stopped})

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decoding.sampling import probabilities
 from ..errors import InputError, check_number
 from ..files import git_state, locked
 from ..models import checkpoints
@@ -65,8 +64,7 @@ class DraftTask(Task):
                 return lm(batch.embedded, batch.at).float()
 
         def deployed(raw: Tensor) -> Tensor:
-            """Without the ban on early stops, which depends on the text."""
-            return probabilities(raw, batch.history, self.target.config(1).sampler)
+            return self.target.deployed(raw, batch.history)
 
         p = logits(self.draft)  # (N, V), as q
         if self.training and self.loss == "ce":

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
-from ..decoding.sampling import probabilities
+from ..errors import InputError
 from ..models.hidden_draft import HiddenDraft
+from ..models.speech_lm import SpeechLM
 from .data import Example
 from .deployed import Target
 from .loop import Task
@@ -31,27 +32,31 @@ class HiddenTask(Task):
 
     def __init__(self, target: Target):
         super().__init__()
+        if not isinstance(target.lm, SpeechLM):
+            raise InputError(
+                f"drafter is 'hidden'; for a {type(target.lm.model).__name__} only the paper's is there yet"
+            )
         target.lm.requires_grad_(False)
         self.target, self.draft = target, HiddenDraft(target.lm)
         target.lm.taps = self.draft.taps
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """The loss; evaluating, "acceptance_k" of pass k: mean of sum min(p, q) of what is sampled from."""
-        batch, sampler = self.target.collate(items), self.target.config(1).sampler
+        batch, temperature = self.target.collate(items), self.target.config(1).sampler.temperature or 1
         with self.autocast():
             with torch.no_grad():
                 hidden, features = self.target.lm.hidden(batch.embedded)
                 q = self.target.lm.head(hidden[batch.at]).float()  # (N, V)
             outputs = unrolled(self.draft, features, batch.embedded, PASSES)
             made = [self.draft.lm.head(output[batch.at[:, 1:]]).float() for output in outputs]  # (N, V) each
-        q = probabilities(q, batch.history, sampler)  # without the ban on early stops, which depends on the text
+        q = self.target.deployed(q, batch.history)
         if not self.training:
-            drafted = [probabilities(logits, batch.history, sampler) for logits in made]
+            drafted = [self.target.deployed(logits, batch.history) for logits in made]
             accepted = {f"acceptance_{k}": overlap(p, q) for k, p in enumerate(drafted, 1)}
             return {"loss": 1 - torch.stack(list(accepted.values())).mean(), **accepted}
         losses = []
         for logits in made:
-            log_p = (logits / (sampler.temperature or 1)).log_softmax(-1)
+            log_p = (logits / temperature).log_softmax(-1)
             losses.append(0.1 * F.kl_div(log_p, q, reduction="batchmean") + 0.9 * (1 - overlap(log_p.exp(), q)))
         return {"loss": torch.stack(losses).mean()}
 

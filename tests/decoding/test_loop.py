@@ -9,7 +9,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import PREFIX_EMBEDDINGS, TableLM, exact_law, generator, output_distribution, p_value, tiny_lm
+from toys import (
+    PREFIX_EMBEDDINGS,
+    TableLM,
+    exact_law,
+    generator,
+    law_of_all_branches,
+    output_distribution,
+    p_value,
+    tiny_lm,
+)
 
 from ssd_repro.decoding import drafters, sampling
 from ssd_repro.decoding import speculative as speculative_module
@@ -74,40 +83,6 @@ def test_law_of_whole_sequences(sampler, draft_length, quick_sampler):
         for _ in range(100 if sampler == "greedy" else 14_000 - 1_600 * draft_length)
     )
     assert p_value(seen, exact_law(TARGET.table, cfg)) > 1e-6
-
-
-def law_of_all_branches(run, monkeypatch) -> dict:
-    """The exact law of what ``run()`` returns: every draw and every verdict taken each way in turn."""
-    law, script = Counter(), []
-    accept = speculative_module.Tolerance.accept
-
-    def choose(chances: list[float]) -> int:
-        options = [i for i, chance in enumerate(chances) if chance > 0]
-        pick = script[len(trace)] if len(trace) < len(script) else 0
-        trace.append((pick, len(options)))
-        mass[0] *= chances[options[pick]]
-        return options[pick]
-
-    def draw(probs, rng):
-        return torch.tensor(choose(probs.tolist()))
-
-    def verdict(rule, p, q, tokens):
-        kept = accept(rule, p, q, tokens).tolist()
-        upto = [math.prod(kept[:n]) for n in range(len(kept) + 1)]
-        n = choose([*(a * (1 - k) for a, k in zip(upto, kept, strict=False)), upto[-1]])
-        return (torch.arange(len(kept)) < n).float()
-
-    monkeypatch.setattr(speculative_module, "draw", draw)
-    monkeypatch.setattr(speculative_module, "draw", draw)
-    monkeypatch.setattr(speculative_module.Tolerance, "accept", verdict)
-    while True:
-        trace, mass = [], [1.0]
-        law[run()] += mass[0]
-        while trace and trace[-1][0] + 1 == trace[-1][1]:
-            trace.pop()
-        if not trace:
-            return law
-        script = [pick for pick, _ in trace[:-1]] + [trace[-1][0] + 1]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -1,0 +1,213 @@
+"""Any causal language model of transformers behind the loop's contract: a session over its cache, and its law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
+from transformers.generation import logits_process as hf
+
+from ..errors import InputError, first_line
+from .speech_lm import SpeechLM
+
+# Cache layers that can be put back: what was fed after a place leaves no trace. A static layer with a sliding
+# window overwrites what it would need, a recurrent state adds up.
+KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, LinearAttentionLayer)
+
+# Logits processors of transformers that are functions of (tokens so far, scores) and of nothing else.
+FREE = (  # they do not look at the tokens: all rows of a block at once
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.TopHLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.SuppressTokensLogitsProcessor,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+)
+EXACT = (
+    *FREE,
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.NoRepeatNGramLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.ExponentialDecayLengthPenalty,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+)
+
+
+class CausalSession:
+    """One sequence of a causal model in a cache of its own (batch 1, empty); ``decoding.drafters.Session``."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
+        self.model, self.cache, self.length = model, cache, 0
+
+    def prefill(self, prefix: Tensor) -> Tensor:
+        """Token ids (1, T), or embeddings (1, T, hidden) -> logits (1, V) of the last position."""
+        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        embedded = prefix.is_floating_point()
+        fed = {"inputs_embeds": prefix.to(self.model.dtype)} if embedded else {"input_ids": prefix}
+        logits = self._feed(prefix.shape[1], **fed, **last)[:, -1]
+        self.cache.activate_past_recording()  # of layers that keep a window alone; from here on it is put back
+        return logits
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        return self._feed(tokens.shape[1], input_ids=tokens)
+
+    def crop(self, length: int) -> None:
+        """Also where nothing is to be forgotten: a layer with a window then drops what fell out of it."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} positions to {length}")
+        for layer in self.cache.layers:
+            if isinstance(layer, StaticLayer):  # what stands beyond is never looked at, and overwritten
+                layer.cumulative_length.fill_(length)
+            else:
+                layer.crop(length - self.length)
+        self.length = length
+
+    def _feed(self, count: int, **fed) -> Tensor:
+        logits = self.model(**fed, past_key_values=self.cache, use_cache=True).logits
+        self.length += count
+        return logits
+
+
+class Model:
+    """A causal model as the loop's ``LanguageModel``; ``cache`` makes an empty one for each session."""
+
+    def __init__(self, model: PreTrainedModel, cache: Callable[[], Cache]) -> None:
+        self.model, self.cache = model, cache
+
+    def session(self) -> CausalSession:
+        return CausalSession(self.model, self.cache())
+
+
+def new_cache(model: PreTrainedModel, like: Cache | None = None) -> Cache:
+    """An empty cache for one sequence: dynamic, or static and as long as ``like``."""
+    config = model.config.get_text_config(decoder=True)
+    if isinstance(like, StaticCache):
+        return StaticCache(config=config, max_cache_len=like.layers[0].max_cache_len)
+    return DynamicCache(config=config)
+
+
+def check_cache(cache: Cache, whose: str) -> None:
+    """InputError unless the cache can be rolled back exactly."""
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        raise InputError(
+            f"{whose} cache is {type(cache).__name__}; it must be DynamicCache or StaticCache on the device."
+        )
+    for layer in cache.layers:
+        if type(layer) not in KINDS:
+            raise InputError(
+                f"{whose} cache has a {type(layer).__name__}, which cannot be rolled back exactly: "
+                "use a DynamicCache, or a model whose attention is full or has a sliding window."
+            )
+
+
+class GenerationLaw:
+    """What a step of ``generate`` samples from; ``decoding.sampling.Law``.
+
+    transformers' processors in their order, applied as its assisted generation does: to float32 logits,
+    for each position with the tokens before it, the prompt (T,) among them; then the softmax or, greedy, the
+    most likely token. InputError, by name, for a processor that is not known to be a function of tokens and scores;
+    one of your own that is may say so: ``stateless = True``.
+    """
+
+    def __init__(self, processors: list, prompt: Tensor, greedy: bool) -> None:
+        for one in processors:
+            if type(one) not in EXACT and not getattr(one, "stateless", False):
+                raise InputError(
+                    f"logits processor {type(one).__name__} is not known to be the same function of tokens and scores "
+                    "for draft and target: leave it out, or give a class of your own the attribute stateless = True."
+                )
+        self.processors, self.prompt, self.greedy = processors, prompt, greedy
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        scores, n = logits.to(torch.float32, copy=True), logits.shape[0]  # a copy: some write in place
+        past = None
+        for process in self.processors:
+            if type(process) in FREE:
+                scores = process(None, scores)
+                continue
+            past = torch.cat((self.prompt, tokens))[None] if past is None else past
+            ends = range(past.shape[1] - n + 1, past.shape[1] + 1)
+            scores = torch.cat([process(past[:, :end], scores[i : i + 1]) for i, end in enumerate(ends)])
+        if not self.greedy:
+            return scores.softmax(-1)
+        best = scores.argmax(-1, keepdim=True)  # of equal ones the same as ``generate``'s
+        peak = scores.gather(-1, best)
+        return torch.zeros_like(scores).scatter_(-1, best, peak - peak + 1)  # 1, or NaN
+
+
+def law_of_row(processors: list, row: int, prompt: Tensor, greedy: bool) -> GenerationLaw:
+    """Of one row of a batch; prompt (T,) with its padding, as the processors count it."""
+    own = []
+    for process in processors:
+        padding = getattr(process, "prompt_ignore_length", None)
+        if isinstance(padding, Tensor):  # the repetition penalty has one for each row
+            process = hf.RepetitionPenaltyLogitsProcessor(process.penalty, padding[row : row + 1])
+        own.append(process)
+    return GenerationLaw(own, prompt, greedy)
+
+
+class CausalLM(nn.Module):
+    """A causal model as the trainer knows a ``SpeechLM``: text and speech are ids of its one vocabulary.
+
+    stored: the dtype that its folder has, and that a draft for it is saved in.
+    """
+
+    cast = SpeechLM.cast
+
+    def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model, self.stored = model, stored or model.dtype
+
+    @property
+    def name(self) -> str:
+        """That of the folder it came from."""
+        return Path(self.model.config.name_or_path).name or type(self.model).__name__
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def prefix(self, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
+        """As ``SpeechLM.prefix``."""
+        return self.model.get_input_embeddings()(torch.cat((prompt_text, text, prompt_speech)))[None]
+
+    def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
+        """As ``SpeechLM.forward``; logits are computed at places where any row wants them."""
+        if at is None or not self.model._supports_logits_to_keep():
+            logits = self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+            return logits if at is None else logits[at]
+        places = at.any(0).nonzero()[:, 0]
+        logits = self.model(inputs_embeds=inputs_embeds, use_cache=False, logits_to_keep=places).logits
+        return logits[at[:, places]]
+
+    def session(self) -> CausalSession:
+        return CausalSession(self.model, new_cache(self.model))
+
+
+def load_causal(folder: Path) -> CausalLM:
+    """The causal model in a folder that ``from_pretrained`` reads, fp32 on the CPU. InputError if it cannot be read."""
+    try:
+        stored = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} is not a causal language model of transformers: {first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} the first: copy it again")
+    return CausalLM(model.eval(), stored or torch.float32)
