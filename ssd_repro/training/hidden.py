@@ -34,7 +34,7 @@ class HiddenTask(Task):
         super().__init__()
         if not isinstance(target.lm, SpeechLM):
             raise InputError(
-                f"drafter is 'hidden'; for a {type(target.lm.model).__name__} only the paper's is there yet"
+                f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there"
             )
         target.lm.requires_grad_(False)
         self.target, self.draft = target, HiddenDraft(target.lm)
