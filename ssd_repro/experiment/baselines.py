@@ -11,11 +11,11 @@ import shutil
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import GenerationConfig, LogitsProcessor, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.utils import logging
 
 from ..decoding.result import DecodeConfig
-from ..decoding.sampling import Sampler
+from ..decoding.sampling import Sampler, probabilities
 from ..errors import InputError
 from ..models.speech_lm import SpeechLM
 
@@ -50,13 +50,18 @@ def prompt(model: Qwen2ForCausalLM, prefix: Tensor) -> Tensor:
     return torch.arange(vocab, vocab + length, device=prefix.device)[None]
 
 
-def common_sampler(sampler: Sampler) -> Sampler:
-    """The voice's sampler cut to what transformers draws from, too: its temperature and its top_k alone.
+class Law(LogitsProcessor):
+    """Our sampler as transformers' only processor: both then draw from one distribution.
 
-    transformers knows no RAS, and its top_p is of the mass of the top_k tokens where CosyVoice's is of the mass of all:
-    together with top_k the two nuclei differ.
+    Its own warpers would not do. Its top_p is of the mass of the top_k tokens, CosyVoice's of the mass of all; and in
+    assisted generation it hands the target's warpers to the draft, which adds its own: temperature .8 becomes .64.
     """
-    return Sampler(temperature=sampler.temperature, top_k=sampler.top_k, top_p=1.0, ras=False)
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return probabilities(scores, input_ids, self.sampler).log()
 
 
 class Transformers:
@@ -80,18 +85,16 @@ class Transformers:
     def decode(self, ids: Tensor, config: DecodeConfig, seed: int, assisted: bool) -> list[int]:
         """The new tokens, a stop token at their end included.
 
-        config: as ours, with the ``common_sampler``. assisted: by the draft, draft_length tokens in each round; what
+        config: as ours, its sampler without RAS. assisted: by the draft, draft_length tokens in each round; what
         transformers adapts by default (their number, a threshold of the draft's confidence) stays put.
         """
-        sampler, drawn = config.sampler, {"do_sample": False}
-        if sampler.temperature:
-            drawn = {"do_sample": True, "temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": 1.0}
         settings = GenerationConfig(
             max_new_tokens=config.max_tokens,
             min_new_tokens=config.min_tokens,
             eos_token_id=list(config.stop_ids),
             pad_token_id=config.stop_ids[0],
-            **drawn,
+            do_sample=config.sampler.temperature > 0,
+            top_k=0,
         )
         self.draft.generation_config = GenerationConfig(
             num_assistant_tokens=config.draft_length,
@@ -100,7 +103,8 @@ class Transformers:
         )
         assistant = {"assistant_model": self.draft} if assisted else {}
         torch.manual_seed(seed)  # transformers draws from torch's own generator
-        made = self.target.generate(ids, settings, attention_mask=torch.ones_like(ids), **assistant)
+        given = {"attention_mask": torch.ones_like(ids), "logits_processor": [Law(config.sampler)], **assistant}
+        made = self.target.generate(ids, settings, **given)
         return made[0, ids.shape[1] :].tolist()
 
 

@@ -21,7 +21,7 @@ from ..errors import InputError, check_number
 from ..files import append_row
 from ..speech.sentences import Utterance
 from . import cost
-from .baselines import Transformers, common_sampler, no_compiler
+from .baselines import Transformers, no_compiler
 from .provenance import LoadMeter, row_context
 from .rows import key, locked_rows, rows_of_folder, to_frame
 
@@ -86,8 +86,9 @@ class Bench:
         self.voice, self.device, self.longest = voice, voice.device, longest
         self.systems = contenders(voice.runtime, tolerance, compile)
         self.theirs = cache(partial(Transformers, voice.target, voice.draft))  # made when first asked for
-        # transformers bans all stop tokens or none.
-        self.common = {"sampler": common_sampler(voice.sampler), "draft_length": draft_length, "banned_ids": None}
+        # transformers bans by a mask, all stop tokens or none; RAS is left out, for nobody else has it.
+        sampler = replace(voice.sampler, ras=False, bans_by_mask=True)
+        self.common = {"sampler": sampler, "draft_length": draft_length, "banned_ids": None}
 
     def settings(self, contender: Contender) -> dict:
         lent = self.voice.runtime == "openvino" and contender.runtime != "openvino"  # the SpeechLMs stay in fp32

@@ -179,6 +179,10 @@ def joules(device: torch.device) -> float | None:
         return None
 
 
-def energy_note(rows: pd.DataFrame) -> str:
+def note(rows: pd.DataFrame) -> str:
     known = pd.to_numeric(rows.joules).notna().any()
-    return "J / token: RAPL's or NVML's, of the whole chip." if known else "Energy: not available here."
+    energy = "J / token: RAPL's or NVML's, of the whole chip." if known else "Energy: not available here."
+    return (
+        "Of each emitted token, from the sizes of the models and the rounds of these rows: a forward reads all weights "
+        f"but the tables of embeddings, and the cache, once for all of its tokens. {energy}"
+    )
