@@ -97,7 +97,7 @@ class Bench:
             **{"precision": "fp32" if lent else self.voice.precision, "transformers": metadata.version("transformers")},
             **{"weights": self.voice.weights_id, "front_end": self.voice.front_end, "longest": self.longest},
             **{"sampler": asdict(self.common["sampler"]), "draft_length": self.common["draft_length"]},
-            **{**asdict(contender), "systems": [each.system for each in self.systems]},
+            **{**asdict(contender), "company": [[each.system, each.tolerance] for each in self.systems]},
         }
 
     def pieces(self, said: Utterance) -> list[tuple[Tensor, DecodeConfig]]:
@@ -166,7 +166,7 @@ def measure(
         raise InputError(f"{reason}: leave torch.compile out of the comparison")
     for said in utterances:
         voice.check(said.text, "speculative", said.voice, tolerance, draft_length, said.seed)
-    bench, load, warm, found = Bench(voice, tolerance, draft_length, longest, compile), LoadMeter(), False, []
+    bench, warm, found = Bench(voice, tolerance, draft_length, longest, compile), False, []
     with locked_rows(folder, "bench") as path:
         known = rows_of_folder(folder)
         for turn, said in enumerate(progress(utterances)):
@@ -174,24 +174,25 @@ def measure(
             settings = {c: shared | bench.settings(c) for c in bench.systems}
             keys = {c: key(each) for c, each in settings.items()}
             if any(name not in known for name in keys.values()):
-                first = turn % len(keys)
-                order, pieces = [*bench.systems[first:], *bench.systems[:first]], bench.pieces(said)
+                first, pieces = turn % len(keys), bench.pieces(said)
+                order = [*bench.systems[first:], *bench.systems[:first]]
                 for c in () if warm else order:
                     bench.take(c, pieces, said.seed)
-                warm = True
-                load.restart()
-                takes = [{c: bench.take(c, pieces, said.seed) for c in order} for _ in range(repeats)]
-                about = {"processes": 1, "other_load": load.other_load(), "prefix": pieces[0][0].shape[1]}
-                about |= {"pieces": len(pieces), "geometry": cost.facts(voice.target, voice.draft)}
-                apart = {c: bench.forwards(c, pieces, said.seed) for c in order}
-                rows = [
-                    {"key": keys[c], **settings[c], **_fields([take[c] for take in takes]), **apart[c], **about}
-                    for c in bench.systems
-                ]
+                warm, made = True, _timed(bench, order, pieces, said.seed, repeats)
+                rows = [{"key": keys[c], **settings[c], **made[c]} for c in bench.systems]
                 append_row(path, *rows)
                 known |= {row["key"]: row for row in rows}
             found += [known[name] for name in keys.values()]
     return to_frame(found)
+
+
+def _timed(bench: Bench, order: list[Contender], pieces: list, seed: int, repeats: int) -> dict[Contender, dict]:
+    """One utterance by all contenders, in turns -> what their rows say of it."""
+    load = LoadMeter()
+    takes = [{c: bench.take(c, pieces, seed) for c in order} for _ in range(repeats)]
+    about = {"processes": 1, "other_load": load.other_load(), "prefix": pieces[0][0].shape[1], "pieces": len(pieces)}
+    about["geometry"] = cost.facts(bench.voice.target, bench.voice.draft)
+    return {c: _fields([take[c] for take in takes]) | bench.forwards(c, pieces, seed) | about for c in order}
 
 
 def _fields(takes: list[dict]) -> dict:

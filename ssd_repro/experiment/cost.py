@@ -53,8 +53,10 @@ class Geometry:
         The inner layer is four times as wide, as the bundled voice's; that of 896 is Qwen2.5-0.5B's, as CosyVoice 2's.
         """
         layers, _, hidden = size.partition("x")
-        if not (layers.isdigit() and hidden.isdigit() and int(layers) and int(hidden) and int(hidden) % 128 == 0):
-            raise InputError(f"size {size!r} must be LAYERSxHIDDEN with a hidden size in steps of 128, such as 24x384")
+        if not (layers.isdigit() and hidden.isdigit() and int(layers) > 1 and int(hidden) and int(hidden) % 128 == 0):
+            raise InputError(
+                f"size {size!r} must be LAYERSxHIDDEN, at least 2 layers, a hidden size in steps of 128, such as 24x384"
+            )
         wide = int(hidden)
         ffn = 4864 if wide == 896 else 4 * wide
         return cls(int(layers), wide, ffn, wide // 64, 2, 64, text_vocab, speech_vocab)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -122,7 +122,12 @@ def _prices(voice, models: dict, point: Point, tolerance: float, tokens: int, re
                 verify = result.seconds["verify"] / (result.target_calls - 1)
                 took[name].append([1000 * verify, 1000 * result.seconds["draft"] / max(result.drafted, 1)])
     step = np.median(took["target"], axis=0)[0]
-    machine = {"other_load": load.other_load(), "processes": 1, "prompt": PROMPT, **speed_of_machine(device)}
+    machine = {
+        "other_load": load.other_load(),
+        "processes": 1,
+        "prompt": PROMPT,
+        **speed_of_machine(device, torch.get_num_threads()),
+    }
     made = {}
     for name in DRAFTERS:
         verify, draft = np.median(took[name], axis=0)
@@ -130,7 +135,8 @@ def _prices(voice, models: dict, point: Point, tolerance: float, tokens: int, re
     return made
 
 
-def speed_of_machine(device: torch.device) -> dict[str, float]:
+@cache
+def speed_of_machine(device: torch.device, threads: int) -> dict[str, float]:
     """GB/s of a matrix of 256 MB times a vector, GFLOP/s of a product of matrices: fp32, by torch, the best of 5."""
     wide, square = torch.ones(8192, 8192, device=device), torch.ones(1536, 1536, device=device)
 
@@ -182,7 +188,7 @@ def lengths(
                         partial(run, prefix, config), voice.device, [m for m in marks if m <= most], said.seed
                     )
                 about = {"processes": 1, "other_load": load.other_load(), "prompt": prefix.shape[1]}
-                machine = {"models": facts(voice.target, voice.draft), **speed_of_machine(voice.device)}
+                machine = {"models": facts(voice.target, voice.draft), **speed_of_machine(voice.device, voice.threads)}
                 known[name] = {"key": name, **settings, "marks": made, **about, **machine}
                 append_row(path, known[name])
             found.append(known[name])

@@ -82,7 +82,7 @@ class Study:
         )
         spoken = run.run(self.voice, self.systems, self.utterances, self.folder, "acceptance", p["repeats"])
         how = {"tolerance": p["tolerance"], "progress": tqdm}
-        prices = growth.prices(self.voice, where, self.folder, p["tokens"], p["price_repeats"], **how)
+        prices = growth.prices(self.voice, where, self.folder, p["price_tokens"], p["price_repeats"], **how)
         lengths = growth.lengths(self.voice, p["seconds"], self.folder, p["draft_length"], p["seed"], **how)
         return self._recorded(pd.concat([spoken, prices, lengths], ignore_index=True))
 

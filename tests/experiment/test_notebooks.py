@@ -194,7 +194,14 @@ def here(fake, monkeypatch, results):
     monkeypatch.setenv("WORLD_SIZE", "8")
     quick = values_of(FOLDER / "profiles" / "quick.yaml")
     small = {"sentences": 2, "repeats": 1, "temperatures": [1.0], "out": "out"}
-    small |= {"utterances": 2, "longest": 6, "sizes": ["1x128"], "thread_counts": [1], "seconds": [1], "tokens": 8}
+    small |= {
+        "utterances": 2,
+        "longest": 6,
+        "sizes": ["1x128"],
+        "thread_counts": [1],
+        "seconds": [1],
+        "price_tokens": 8,
+    }
     return lambda number, **other: execute(RESULTS[number], quick | small | other)
 
 

@@ -36,7 +36,14 @@ def fill(voice, folder):
         provenance.write_provenance(folder, notebook, voice, "quick", POINT, rows.key)
     said = sentences.utterances(2, voice.names)
     at = {"profile": "quick", "repeats": 1, "longest": 6, "compile": False, "seed": 0, **POINT}
-    at |= {"sizes": [], "thread_counts": [1], "draft_lengths": [3], "tokens": 6, "price_repeats": 1, "seconds": [1]}
+    at |= {
+        "sizes": [],
+        "thread_counts": [1],
+        "draft_lengths": [3],
+        "price_tokens": 6,
+        "price_repeats": 1,
+        "seconds": [1],
+    }
     studies.Study("07_bench", at, folder, voice, [], said).compare()
     studies.Study("08_growth", at, folder, voice, [System("speculative", 0.4, 3, scored=False)], said).grow()
 
