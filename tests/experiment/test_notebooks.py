@@ -197,7 +197,7 @@ def here(fake, monkeypatch, results):
     small |= {
         "utterances": 2,
         "longest": 6,
-        "sizes": ["1x128"],
+        "sizes": ["2x128"],
         "thread_counts": [1],
         "seconds": [1],
         "price_tokens": 8,
