@@ -18,12 +18,11 @@ from torch import Tensor
 from ..decoding.result import DecodeConfig
 from ..decoding.speculative import autoregressive, speculative
 from ..errors import InputError, check_number
-from ..files import append_row
 from ..speech.sentences import Utterance
 from . import cost
 from .baselines import Transformers, no_compiler
 from .provenance import LoadMeter, row_context
-from .rows import key, locked_rows, rows_of_folder, to_frame
+from .rows import locked_rows, rows_of_folder, rows_together, to_frame
 
 THEIRS = ("transformers", "transformers, compiled")
 
@@ -83,7 +82,7 @@ class Bench:
     """The contenders for a voice, what they share, and how each of them decodes."""
 
     def __init__(self, voice, tolerance: float, draft_length: int, longest: int, compile: bool) -> None:
-        self.voice, self.device, self.longest = voice, voice.device, longest
+        self.voice, self.device, self.longest, self.warm = voice, voice.device, longest, False
         self.systems = contenders(voice.runtime, tolerance, compile)
         self.theirs = cache(partial(Transformers, voice.target, voice.draft))  # made when first asked for
         # transformers bans by a mask, all stop tokens or none; RAS is left out, for nobody else has it.
@@ -166,33 +165,27 @@ def measure(
         raise InputError(f"{reason}: leave torch.compile out of the comparison")
     for said in utterances:
         voice.check(said.text, "speculative", said.voice, tolerance, draft_length, said.seed)
-    bench, warm, found = Bench(voice, tolerance, draft_length, longest, compile), False, []
+    bench, found = Bench(voice, tolerance, draft_length, longest, compile), []
     with locked_rows(folder, "bench") as path:
         known = rows_of_folder(folder)
         for turn, said in enumerate(progress(utterances)):
             shared = {**row_context(voice.device), **asdict(said), "repeats": repeats}
             settings = {c: shared | bench.settings(c) for c in bench.systems}
-            keys = {c: key(each) for c, each in settings.items()}
-            if any(name not in known for name in keys.values()):
-                first, pieces = turn % len(keys), bench.pieces(said)
-                order = [*bench.systems[first:], *bench.systems[:first]]
-                for c in () if warm else order:
-                    bench.take(c, pieces, said.seed)
-                warm, made = True, _timed(bench, order, pieces, said.seed, repeats)
-                rows = [{"key": keys[c], **settings[c], **made[c]} for c in bench.systems]
-                append_row(path, *rows)
-                known |= {row["key"]: row for row in rows}
-            found += [known[name] for name in keys.values()]
+            found += rows_together(path, known, settings, partial(_timed, bench, said, turn, repeats))
     return to_frame(found)
 
 
-def _timed(bench: Bench, order: list[Contender], pieces: list, seed: int, repeats: int) -> dict[Contender, dict]:
-    """One utterance by all contenders, in turns -> what their rows say of it."""
+def _timed(bench: Bench, said: Utterance, turn: int, repeats: int) -> dict[Contender, dict]:
+    """One utterance by all contenders, in turns, another of which begins with each ``turn`` -> their rows' numbers."""
+    first, pieces = turn % len(bench.systems), bench.pieces(said)
+    order = [*bench.systems[first:], *bench.systems[:first]]
+    if not bench.warm:
+        bench.warm = bool([bench.take(c, pieces, said.seed) for c in order])
     load = LoadMeter()
-    takes = [{c: bench.take(c, pieces, seed) for c in order} for _ in range(repeats)]
+    takes = [{c: bench.take(c, pieces, said.seed) for c in order} for _ in range(repeats)]
     about = {"processes": 1, "other_load": load.other_load(), "prefix": pieces[0][0].shape[1], "pieces": len(pieces)}
     about["geometry"] = cost.facts(bench.voice.target, bench.voice.draft)
-    return {c: _fields([take[c] for take in takes]) | bench.forwards(c, pieces, seed) | about for c in order}
+    return {c: _fields([t[c] for t in takes]) | bench.forwards(c, pieces, said.seed) | about for c in order}
 
 
 def _fields(takes: list[dict]) -> dict:

@@ -19,14 +19,14 @@ import torch
 
 from ..decoding.result import DecodeConfig
 from ..decoding.speculative import autoregressive, speculative
-from ..files import append_row
+from ..errors import InputError, check_number
 from ..models.codec import TOKEN_RATE
 from ..models.draft import make_draft
 from ..models.runtimes import with_runtime
 from ..models.speech_lm import SpeechLM, small_qwen2
 from .cost import Geometry, facts
 from .provenance import LoadMeter, row_context
-from .rows import key, locked_rows, rows_of_folder, to_frame
+from .rows import locked_rows, rows_of_folder, rows_together, to_frame
 
 DRAFTERS = {"a third of the layers": {}, "one layer": {"bottom": 1, "top": 0}}  # how ``make_draft`` makes them
 PROMPT = 200  # positions before the first token of a random model
@@ -43,7 +43,15 @@ class Point:
 
 
 def points(size: str, sizes: list[str], threads: list[int], lengths: list[int], draft_length: int) -> list[Point]:
-    """One setting at a time from (``size``, threads[0], draft_length), each point once, by size and threads."""
+    """One setting at a time from (``size``, threads[0], draft_length), each point once, by size and threads.
+
+    InputError if there is no number of threads or a setting is out of range.
+    """
+    if not threads:
+        raise InputError("thread_counts is empty: give at least one number of threads")
+    for name, values, most in (("thread_counts", threads, 1024), ("draft_lengths", (*lengths, draft_length), 64)):
+        for value in values:
+            check_number(f"a number of {name}", value, 1, most, whole=True)
     found = [Point(each, threads[0], draft_length) for each in (size, *sizes)]
     found += [Point(size, each, draft_length) for each in threads]
     found += [Point(size, threads[0], each) for each in lengths]
@@ -52,44 +60,35 @@ def points(size: str, sizes: list[str], threads: list[int], lengths: list[int], 
 
 
 def prices(
-    voice,
-    where: list[Point],
-    folder,
-    tokens: int = 80,
-    repeats: int = 3,
-    tolerance: float = 0.4,
-    progress=lambda it: it,
+    voice, where: list[Point], folder, tokens: int = 80, repeats: int = 3, tolerance: float = 0.4, progress=iter
 ) -> pd.DataFrame:
     """Measure what ``folder`` holds no rows of -> a row per point and drafter. InputError for a bad size.
 
     where: of ``points``; the first one has the size of the voice's target.
     """
+    check_number("price_tokens", tokens, 4, 1000, whole=True)
+    check_number("price_repeats", repeats, 1, 1000, whole=True)
     own, mine = Geometry.of(voice.target), where[0].size
     sizes = {p.size: own if p.size == mine else Geometry.named(p.size, 1, own.speech_vocab) for p in where}
-    shared = {
-        **row_context(voice.device),
-        **{"study": "prices", "method": "speculative", "runtime": voice.runtime, "precision": voice.precision},
-        **{"sampler": asdict(voice.sampler), "tolerance": tolerance, "tokens": tokens, "repeats": repeats},
-    }
+    shared = {**_shared(voice, tolerance), "study": "prices", "tokens": tokens, "repeats": repeats}
     found, threads = [], torch.get_num_threads()
     with locked_rows(folder, "growth") as path:
         known = rows_of_folder(folder)
         for (size, count), group in groupby(progress(where), lambda p: (p.size, p.threads)):
-            models = None
+            torch.set_num_threads(count)
+            models = cache(partial(_models, voice, sizes[size], count))  # of one size at a time, and if need be
             for point in group:
-                same = {**shared, **asdict(point), "geometry": asdict(sizes[size])}
+                same = {**shared, **asdict(point), "method": "speculative", "geometry": asdict(sizes[size])}
                 settings = {drafter: {**same, "drafter": drafter} for drafter in DRAFTERS}
-                keys = {drafter: key(each) for drafter, each in settings.items()}
-                if any(name not in known for name in keys.values()):
-                    torch.set_num_threads(count)
-                    models = models or _models(voice, sizes[size], count)
-                    made = _prices(voice, models, point, tolerance, tokens, repeats)
-                    rows = [{"key": keys[d], **settings[d], **made[d]} for d in DRAFTERS]
-                    append_row(path, *rows)
-                    known |= {row["key"]: row for row in rows}
-                found += [known[name] for name in keys.values()]
+                measure = partial(_prices, voice, models, point, tolerance, tokens, repeats)
+                found += rows_together(path, known, settings, measure)
     torch.set_num_threads(threads)
     return to_frame(found)
+
+
+def _shared(voice, tolerance: float) -> dict:
+    settings = {name: getattr(voice, name) for name in ("runtime", "precision")}
+    return {**row_context(voice.device), **settings, "sampler": asdict(voice.sampler), "tolerance": tolerance}
 
 
 def _models(voice, size: Geometry, threads: int) -> dict:
@@ -105,9 +104,10 @@ def _models(voice, size: Geometry, threads: int) -> dict:
     return {name: (wrap(lm.requires_grad_(False)), facts(target, lm)) for name, lm in lms.items()}
 
 
-def _prices(voice, models: dict, point: Point, tolerance: float, tokens: int, repeats: int) -> dict[str, dict]:
+def _prices(voice, models, point: Point, tolerance: float, tokens: int, repeats: int) -> dict[str, dict]:
     """Drafter -> milliseconds of a step, of a drafted token and of a verification: medians of the repeats, in turns."""
-    (target, about), device = models["target"], voice.device
+    models, device = models(), voice.device
+    target, about = models["target"]
     vocab, hidden = (about["target"][name] for name in ("speech_vocab", "hidden"))
     lengths = {"max_tokens": tokens, "min_tokens": tokens, "stop_ids": (vocab - 1,)}
     config = DecodeConfig(sampler=voice.sampler, draft_length=point.draft_length, tolerance=tolerance, **lengths)
@@ -122,12 +122,8 @@ def _prices(voice, models: dict, point: Point, tolerance: float, tokens: int, re
                 verify = result.seconds["verify"] / (result.target_calls - 1)
                 took[name].append([1000 * verify, 1000 * result.seconds["draft"] / max(result.drafted, 1)])
     step = np.median(took["target"], axis=0)[0]
-    machine = {
-        "other_load": load.other_load(),
-        "processes": 1,
-        "prompt": PROMPT,
-        **speed_of_machine(device, torch.get_num_threads()),
-    }
+    machine = {"other_load": load.other_load(), "processes": 1, "prompt": PROMPT}
+    machine |= speed_of_machine(device, point.threads)
     made = {}
     for name in DRAFTERS:
         verify, draft = np.median(took[name], axis=0)
@@ -162,37 +158,33 @@ def lengths(
     marks: [tokens, seconds, bytes that the process has grown by]. The voice says its first evaluation text and is not
     let stop.
     """
+    if not seconds:
+        raise InputError("seconds is empty: give at least one length of an utterance")
+    for each in seconds:
+        check_number("a number of seconds", each, 1, 3600, whole=True)
     said, marks = voice.utterances(1, seed)[0], [each * TOKEN_RATE for each in sorted(seconds)]
-    piece = voice.front.pieces(said.text, said.voice)[0]
-    shared = {
-        **row_context(voice.device),
-        **{"study": "lengths", "runtime": voice.runtime, "precision": voice.precision, "weights": voice.weights_id},
-        **{"sampler": asdict(voice.sampler), "tolerance": tolerance, "draft_length": draft_length},
-        **{"marks_at": marks, **asdict(said)},
-    }
-    found, target, draft = [], *voice.models
+    shared = {**_shared(voice, tolerance), "study": "lengths", "weights": voice.weights_id, "marks_at": marks}
+    shared |= {"draft_length": draft_length, **asdict(said)}
+    found = []
     with locked_rows(folder, "growth") as path:
         known = rows_of_folder(folder)
         for method in progress(SYSTEMS):
-            settings = {**shared, "method": method}
-            name = key(settings)
-            if name not in known:
-                prefix, load = voice.prefix(piece, said.voice), LoadMeter()
-                ssd = method == "speculative"
-                run = partial(speculative, target, draft) if ssd else partial(autoregressive, target)
-                for most in (TOKEN_RATE, marks[-1]):  # a second of speech warms up
-                    config = voice.config(
-                        len(piece), tolerance, draft_length, max_tokens=most, min_tokens=most, banned_ids=None
-                    )
-                    made = _marks(
-                        partial(run, prefix, config), voice.device, [m for m in marks if m <= most], said.seed
-                    )
-                about = {"processes": 1, "other_load": load.other_load(), "prompt": prefix.shape[1]}
-                machine = {"models": facts(voice.target, voice.draft), **speed_of_machine(voice.device, voice.threads)}
-                known[name] = {"key": name, **settings, "marks": made, **about, **machine}
-                append_row(path, known[name])
-            found.append(known[name])
+            measure = partial(_long, voice, said, method, marks, draft_length, tolerance)
+            found += rows_together(path, known, {method: {**shared, "method": method}}, measure)
     return to_frame(found)
+
+
+def _long(voice, said, method: str, marks: list[int], draft_length: int, tolerance: float) -> dict[str, dict]:
+    piece, load = voice.front.pieces(said.text, said.voice)[0], LoadMeter()
+    prefix, (target, draft) = voice.prefix(piece, said.voice), voice.models
+    run = partial(speculative, target, draft) if method == "speculative" else partial(autoregressive, target)
+    for most in (TOKEN_RATE, marks[-1]):  # a second of speech warms up
+        lengths = {"max_tokens": most, "min_tokens": most, "banned_ids": None}
+        config = voice.config(len(piece), tolerance, draft_length, **lengths)
+        reached = _marks(partial(run, prefix, config), voice.device, [m for m in marks if m <= most], said.seed)
+    numbers = {"marks": reached, "processes": 1, "other_load": load.other_load(), "prompt": prefix.shape[1]}
+    models = facts(voice.target, voice.draft)
+    return {method: {**numbers, "models": models, **speed_of_machine(voice.device, voice.threads)}}
 
 
 def _marks(run, device: torch.device, marks: list[int], seed: int) -> list[list[float]]:

@@ -80,7 +80,9 @@ class Study:
         where = growth.points(
             f"{own.layers}x{own.hidden}", p["sizes"], p["thread_counts"], p["draft_lengths"], p["draft_length"]
         )
-        spoken = run.run(self.voice, self.systems, self.utterances, self.folder, "acceptance", p["repeats"])
+        spoken = run.run(
+            self.voice, self.systems, self.utterances, self.folder, "acceptance", p["repeats"], progress=tqdm
+        )
         how = {"tolerance": p["tolerance"], "progress": tqdm}
         prices = growth.prices(self.voice, where, self.folder, p["price_tokens"], p["price_repeats"], **how)
         lengths = growth.lengths(self.voice, p["seconds"], self.folder, p["draft_length"], p["seed"], **how)
