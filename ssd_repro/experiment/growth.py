@@ -28,7 +28,8 @@ from .cost import Geometry, facts
 from .provenance import LoadMeter, row_context
 from .rows import locked_rows, rows_of_folder, rows_together, to_frame
 
-DRAFTERS = {"a third of the layers": {}, "one layer": {"bottom": 1, "top": 0}}  # how ``make_draft`` makes them
+# How ``make_draft`` makes them.
+DRAFTERS = {"a third of the layers": {}, "one layer, if accepted as often": {"bottom": 1, "top": 0}}
 PROMPT = 200  # positions before the first token of a random model
 SYSTEMS = ("autoregressive", "speculative")
 

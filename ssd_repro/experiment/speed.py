@@ -226,6 +226,8 @@ def draw_sizes(table: pd.DataFrame, axes) -> None:
     left.axhline(1, color="grey", linestyle=":")
     for ax, label in ((left, "predicted speed-up"), (right, "price in target steps")):
         ax.set(xscale="log", xlabel="weights that a step reads, MB", ylabel=label)
+        ax.set_xticks(x, [f"{megabytes:.0f}" for megabytes in x])
+        ax.minorticks_off()
         ax.legend(frameon=False, fontsize=8)
         ax.grid(axis="y", alpha=0.3)
 
