@@ -66,9 +66,9 @@ class TimedSession:
     def __getattr__(self, name: str):
         return getattr(self.inner, name)
 
-    def extend(self, tokens: Tensor) -> Tensor:
+    def extend(self, *given, **named) -> Tensor:
         began = _now(self.timed.device)
-        logits = self.inner.extend(tokens)
+        logits = self.inner.extend(*given, **named)
         self.timed.seconds += _now(self.timed.device) - began
         return logits
 
