@@ -50,7 +50,7 @@ _parse = {int: _number(int, "a whole number"), float: _number(float, "a number")
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|report|tokenise|train-draft")
+    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|report|bench|tokenise|train-draft")
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
@@ -88,6 +88,23 @@ def parser() -> Parser:
         Path,
     )
     report.set_defaults(function=run_report)
+
+    bench = commands.add_parser("bench", help="time our decoding beside transformers' on the same weights")
+    bench.add("--utterances", 30, "how many; the same command goes on where a killed one was")
+    bench.add("--tolerance", 0.4, "beta of our SSD, beside 0")
+    bench.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
+    bench.add("--repeats", 1, "timed decodes of each; the median counts")
+    bench.add("--longest", 0, "tokens of a piece of text at most; 0: as the voice")
+    bench.add("--seed", 0, "of the first utterance; the next ones count on from it")
+    bench.add("--device", "auto", "auto, cpu or cuda")
+    bench.add("--runtime", "auto", "ours: auto, eager, graphs or openvino; eager is measured beside it")
+    bench.add("--precision", "fp32", "fp32, bf16 or, with openvino, int8")
+    bench.add("--threads", None, "of the CPU; without it what is best for the voice", int)
+    bench.add("--weights", None, "another voice folder than the bundled one", Path)
+    bench.add("--out", "", "results folder; default results/bench")
+    bench.add_argument("--compile", action="store_true", help="transformers under torch.compile, too: minutes more")
+    bench.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    bench.set_defaults(function=run_bench)
 
     tokens = commands.add_parser("tokenise", help="LibriTTS as rows for train-draft to learn from; alone or launched")
     tokens.add("--target", REQUIRED, "a released CosyVoice 2 or 3", Path)
@@ -212,6 +229,21 @@ def run_report(options) -> int:
     with locked(folder / ".run.lock"):
         made = report.report(folder, pages)
     print(f"{folder}: {', '.join(made)}")
+    return 0
+
+
+def run_bench(options) -> int:
+    from .experiment import report, speed, studies
+    from .experiment.provenance import results_folder
+
+    names = ("utterances", "tolerance", "draft_length", "repeats", "longest", "seed", "compile", "device", "runtime")
+    parameters = {name: getattr(options, name) for name in (*names, "precision", "threads")}
+    parameters |= {"weights": str(options.weights or ""), "profile": "bench", "out": options.out}
+    folder = results_folder(options.out, "bench")
+    with redirect_stdout(sys.stderr), locked(folder / ".run.lock"):
+        rows, about = studies.begin("07_bench", parameters).compare()
+        shown = [report.show(name, rows, folder, about).data for name in ("bench", "bench_ratios", "cost")]
+    print(json.dumps(speed.summary(rows)) if options.json else "\n".join(shown))
     return 0
 
 

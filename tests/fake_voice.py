@@ -9,6 +9,8 @@ import numpy as np
 
 from ssd_repro.decoding.result import DecodeResult, Round
 from ssd_repro.models.codec import CodecConfig
+from ssd_repro.models.draft import make_draft
+from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
 from ssd_repro.speech.bundled import Bundled
 from ssd_repro.speech.text import VOICES
 from ssd_repro.speech.voice import Voice
@@ -36,8 +38,11 @@ class FakeFront(Bundled):
 
 
 class FakeVoice(Voice):
+    """Tiny models stand in it for what is measured on models themselves; its own decoding asks none."""
+
     def __init__(self, weights_id: str = "fake", pause: float = 0.0):
-        super().__init__(FakeFront(), None, None, weights_id, "cpu")
+        target = SpeechLM(small_qwen2(16, 32, 3, 4, 2, vocab=106), 6564).eval()
+        super().__init__(FakeFront(), target, make_draft(target).requires_grad_(False), weights_id, "cpu")
         self.calls: list[tuple[str, int]] = []
         self.pause = pause
 

@@ -15,7 +15,7 @@ from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
-from . import acceptance, figures, statistics, tables
+from . import acceptance, cost, figures, speed, statistics, tables
 from .provenance import all_provenance, relative
 from .rows import SILENCE_DB, busy, count_empty, rows_of_folder, to_frame
 
@@ -42,6 +42,31 @@ THEORY = (
     "rate of each position of the draft; costs: also with the measured cost of the verification. The residue: prefill "
     "% and loop % of SSD's LM time, which no prediction counts; left %: first tokens, rounds that the end cuts short, "
     "and the prefill of the baseline."
+)
+BENCH = (
+    f"{INTERVALS} Same weights, prompts, sampler, seeds, threads, least and most tokens, in turns utterance by "
+    "utterance; prefill and stop token count. Sampler: the voice's without RAS, one code for all. Assisted generation: "
+    "our draft, L_d tokens a round, schedule constant, threshold 0; its distribution is that of "
+    "beta 0. Over: speeds, above 1 is faster."
+)
+RATIOS = (
+    f"{INTERVALS} x_over_y: times as many tokens a second. verify and draft over step: prices in the loop of SSD at "
+    "the tolerance, in steps of our autoregressive target, sampling and judging included. outside_forwards: share of "
+    "a round outside the models' forwards, from a pass of its own."
+)
+MEMORY = (
+    "Parameters. Own: the draft's bottom layers and head, the rest being the target's; alone: what a draft takes that "
+    "shares nothing but embeddings, as where a runtime packs each model's weights for itself (openvino)."
+)
+PRICES = (
+    "A prediction but for the prices: these are measured in the loop at random weights, sampling included, and the "
+    "speed-up is what they make of the acceptance of the voice's own rows, (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + "
+    "V)); a draft of one layer would have to earn that acceptance. c, V: draft step and verification in target steps. "
+    "Floor: bytes of weights and cache over the machine's GB/s, or operations over its GFLOP/s, whichever is longer."
+)
+LENGTHS = (
+    "One utterance that is not let stop, prefill included, and what the process (on a GPU: torch) had grown by; cache: "
+    "computed. Floor: bytes of weights and cache of a target step over the machine's GB/s."
 )
 TIMELINE = "Every token of the SSD sentence; figure: the paper's Figure 2."
 
@@ -83,6 +108,10 @@ def caveats(rows: pd.DataFrame) -> str:
     return " ".join(said)
 
 
+def _predicted(rows: pd.DataFrame) -> str:
+    return f"{speed.begins(rows)} {PRICES}"
+
+
 def timeline(rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's Figure 2 of the one SSD row: every token, its place and what became of it."""
     row = tables.of_method(rows, "speculative").iloc[0]
@@ -121,6 +150,7 @@ def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **setti
 
 _ACCEPTANCE = {"shape": (2, 4), "size": (12, 5.6), "readable": tables.readable_acceptance, "at_setting": True}
 _ACCEPTED = ["accepted / drafted tokens", "tokens per target call", tables.SPEEDUP]
+_PRICES = {"shape": (1, 2), "size": (11, 4), "readable": speed.readable_prices}
 _WER = {"WER %": "WER, points"}
 _QUALITY = {**_WER, "NMOS": "P808 (NMOS)", "SS": "SS"}
 EXHIBITS = {
@@ -141,6 +171,13 @@ EXHIBITS = {
     "acceptance_paper": _and_paper("05_acceptance", tables.ssd_and_paper, True, names=_ACCEPTED),
     "theory": Exhibit("06_theory", tables.measured_and_predicted, THEORY, figures.theory, size=(8, 5)),
     "theory_paper": _and_paper("06_theory", tables.ssd_and_paper, names=["speed-up per token"]),
+    "bench": Exhibit("07_bench", speed.side_by_side, BENCH, speed.draw_side_by_side, size=(10, 3.6)),
+    "bench_ratios": Exhibit("07_bench", speed.ratios, RATIOS),
+    "cost": Exhibit("07_bench", cost.of_rows, cost.note),
+    "cost_memory": Exhibit("07_bench", cost.memory, MEMORY),
+    "growth_size": Exhibit("08_growth", speed.over_sizes, _predicted, speed.draw_sizes, **_PRICES),
+    "growth_setting": Exhibit("08_growth", speed.over_settings, PRICES, speed.draw_settings, **_PRICES),
+    "growth_length": Exhibit("08_growth", speed.over_lengths, LENGTHS, speed.draw_lengths, (1, 2), (11, 4)),
 }
 
 
@@ -168,7 +205,7 @@ def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:
     """One sentence under a table: hardware, command, commit, and the folder."""
     commit = (about["commit"] or "unknown")[:10] + (" with local changes" if about["dirty"] else "")
     processes, threads = rows.processes.max(), f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
-    command = f"ssd-repro run --profile {about['profile']}"
+    command = "ssd-repro bench" if about["profile"] == "bench" else f"ssd-repro run --profile {about['profile']}"
     if processes > 1:
         threads, command = f"{threads} in each of {processes} processes", f"{command} --processes {processes}"
     made_by = f"{about['date'][:10]}, {about['chip']}, {threads}, torch {about['torch']}, commit {commit}"

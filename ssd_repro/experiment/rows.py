@@ -122,6 +122,20 @@ def rows_of_folder(folder) -> dict[str, dict]:
     return {name.partition("-")[0]: row for name, row in rows.items()} | rows
 
 
+def rows_together(path: Path, known: dict[str, dict], settings: dict, measure) -> list[dict]:
+    """The rows of ``settings`` (name -> a row's settings), from ``known``, or all of them anew if one is missing.
+
+    measure() -> name -> a row's numbers; the new rows go into the file and into ``known``.
+    """
+    keys = {name: key(each) for name, each in settings.items()}
+    if any(each not in known for each in keys.values()):
+        numbers = measure()
+        rows = [{"key": keys[name], **each, **numbers[name]} for name, each in settings.items()]
+        append_row(path, *rows)
+        known.update((row["key"], row) for row in rows)
+    return [known[each] for each in keys.values()]
+
+
 def merge_rows(path: Path) -> None:
     """Put the processes' parts into ``path``, each key once, and remove them.
 

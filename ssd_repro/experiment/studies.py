@@ -13,7 +13,8 @@ from ..processes import process
 from ..speech import load
 from ..speech.sentences import Utterance
 from ..speech.voice import Voice
-from . import provenance, run
+from . import bench, growth, provenance, run
+from .cost import Geometry
 from .systems import AUTOREGRESSIVE, System, grid
 
 
@@ -36,6 +37,8 @@ STUDIES = {
     "04_stages": ("table1", lambda p: [AUTOREGRESSIVE, System("speculative", p["tolerance"], p["draft_length"])]),
     "05_acceptance": ("acceptance", _one_setting_at_a_time),
     "06_theory": ("theory", _one_setting_at_a_time),
+    "07_bench": ("bench", lambda p: []),  # its own: Study.compare
+    "08_growth": ("acceptance", lambda p: grid((), [p["draft_length"]], (), p["tolerance"], scored=False)),
 }
 
 
@@ -59,21 +62,42 @@ class Study:
         how = {"repeats": 3} | {name: p[name] for name in ("repeats", "whisper", "speaker") if name in p}
         how["progress"] = partial(tqdm, disable=rank > 0)
         rows = run.run(self.voice, systems, self.utterances, self.folder, STUDIES[self.notebook][0], **how)
-        if world > 1:
-            return rows, {}
-        about = provenance.write_provenance(self.folder, self.notebook, self.voice, p["profile"], p, rows.key)
-        return rows, about
+        return (rows, {}) if world > 1 else self._recorded(rows)
+
+    def _recorded(self, rows: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
+        p = self.parameters
+        return rows, provenance.write_provenance(self.folder, self.notebook, self.voice, p["profile"], p, rows.key)
+
+    def compare(self) -> tuple[pd.DataFrame, dict]:
+        """``bench.measure``: our decoding beside transformers'; as ``decode``, in this process alone."""
+        names = ("tolerance", "draft_length", "repeats", "longest", "compile")
+        how = {name: self.parameters[name] for name in names}
+        return self._recorded(bench.measure(self.voice, self.utterances, self.folder, **how, progress=tqdm))
+
+    def grow(self) -> tuple[pd.DataFrame, dict]:
+        """The rows of ``decode``, and those of ``growth``, made in this process alone."""
+        p, own = self.parameters, Geometry.of(self.voice.target)
+        where = growth.points(
+            f"{own.layers}x{own.hidden}", p["sizes"], p["thread_counts"], p["draft_lengths"], p["draft_length"]
+        )
+        spoken = run.run(
+            self.voice, self.systems, self.utterances, self.folder, "acceptance", p["repeats"], progress=tqdm
+        )
+        how = {"tolerance": p["tolerance"], "progress": tqdm}
+        prices = growth.prices(self.voice, where, self.folder, p["price_tokens"], p["price_repeats"], **how)
+        lengths = growth.lengths(self.voice, p["seconds"], self.folder, p["draft_length"], p["seed"], **how)
+        return self._recorded(pd.concat([spoken, prices, lengths], ignore_index=True))
 
 
 def begin(notebook: str, parameters: dict) -> Study:
     """Load the voice that a result notebook's parameters name, and say what it decodes."""
     p = parameters
-    names = ("device", "precision", "runtime", "draft", "data", "front_end")
-    voice = load.load(p["weights"] or None, **{name: p[name] for name in names})
+    names = ("device", "precision", "runtime", "draft", "data", "front_end", "threads")
+    voice = load.load(p["weights"] or None, **{name: p[name] for name in names if name in p})
     if "text" in p:
         utterances = [Utterance("listen", p["text"], p["voice"] or voice.names[0], p["seed"])]
     else:
-        utterances = voice.utterances(p["sentences"], p["seed"])
+        utterances = voice.utterances(p["utterances" if "utterances" in p else "sentences"], p["seed"])
     folder = provenance.results_folder(p["out"], p["profile"])
     return Study(notebook, p, folder, voice, STUDIES[notebook][1](p), utterances)
 

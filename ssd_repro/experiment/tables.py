@@ -21,7 +21,7 @@ NAMES = {"autoregressive": "Autoregressive", "draft": "Draft", "speculative": "S
 PHASES = ("text", *LM_PHASES, "codec")  # of a row's seconds, in the order of work
 MEANS = {"NMOS": "p808", "OVRL": "ovrl", "SIG": "sig", "BAK": "bak", "SS": "similarity"}  # column -> of the rows
 SPEEDUP = "speed-up of the LM"
-DIGITS = {"n": 0, "L_d": 0, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
+DIGITS = {"n": 0, "L_d": 0, "threads": 0, "value": 3, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
 
 
 def digits(column: str) -> int:

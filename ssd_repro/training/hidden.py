@@ -33,9 +33,7 @@ class HiddenTask(Task):
     def __init__(self, target: Target):
         super().__init__()
         if not isinstance(target.lm, SpeechLM):
-            raise InputError(
-                f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there"
-            )
+            raise InputError(f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there")
         target.lm.requires_grad_(False)
         self.target, self.draft = target, HiddenDraft(target.lm)
         target.lm.taps = self.draft.taps

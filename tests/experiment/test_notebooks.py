@@ -194,26 +194,35 @@ def here(fake, monkeypatch, results):
     monkeypatch.setenv("WORLD_SIZE", "8")
     quick = values_of(FOLDER / "profiles" / "quick.yaml")
     small = {"sentences": 2, "repeats": 1, "temperatures": [1.0], "out": "out"}
+    small |= {
+        "utterances": 2,
+        "longest": 6,
+        "sizes": ["2x128"],
+        "thread_counts": [1],
+        "seconds": [1],
+        "price_tokens": 8,
+    }
     return lambda number, **other: execute(RESULTS[number], quick | small | other)
 
 
 def test_notebooks_make_results_and_no_row_twice(here, fake, results):
     out = results / "out"
-    for number in (1, 2, 3, 5, 6):
+    for number in (1, 2, 3, 5, 6, 7, 8):
         here(number)
-    decodes = len(fake.calls)
-    for number in (1, 4, 6):
+    decodes, measured = len(fake.calls), [(out / "rows" / f"{name}.jsonl").read_bytes() for name in ("bench", "growth")]
+    for number in (1, 4, 6, 7, 8):
         here(number)
     assert len(fake.calls) == decodes
+    assert measured == [(out / "rows" / f"{name}.jsonl").read_bytes() for name in ("bench", "growth")]
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.suffix != ".lock"}
     exhibits = report.EXHIBITS.items()
     assert names == {
         *("00_listen.ipynb", "04_stages.ipynb", "provenance.json"),
-        *(f"rows/{name}.jsonl" for name in ("listen", "table1", "tolerance", "draft_length")),
+        *(f"rows/{name}.jsonl" for name in ("listen", "table1", "tolerance", "draft_length", "bench", "growth")),
         *(f"tables/{name}.{end}" for name, _ in exhibits for end in ("csv", "md")),
         *(f"figures/{name}.{end}" for name, e in exhibits if e.draw for end in ("png", "svg")),
     }
-    made = sum(len(files.read_rows(path)) for path in (out / "rows").glob("*.jsonl"))
+    made = sum(len(files.read_rows(path)) for path in (out / "rows").glob("[ltd]*.jsonl"))
     assert made == 3 + 2 * (3 + 2 + 2)  # listen; then AR, draft, SSD; beta 0 and 1; L_d 1 and 6: each once
     about = json.loads((out / "provenance.json").read_text())
     assert set(about) == {path.stem for path in RESULTS}
