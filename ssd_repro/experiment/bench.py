@@ -35,15 +35,18 @@ class Contender:
     system: str
     runtime: str
     tolerance: float | None = None
+    drafter: str = "paper"
 
 
-def contenders(runtime: str, tolerance: float, compile: bool) -> list[Contender]:
-    """transformers' two; ours on ``runtime``, and on eager for a comparison of like with like."""
+def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> list[Contender]:
+    """transformers' two; ours on ``runtime``, and on eager for a comparison of like with like; other ``drafters``."""
     theirs = {"": THEIRS[0]} | ({"_compiled": THEIRS[1]} if compile else {})
     ours = {"": runtime} | ({"_eager": "eager"} if runtime != "eager" else {})
     kinds = [("hf_generate", None, theirs), ("hf_assisted", 0.0, theirs)]
     kinds += [("ar", None, ours), ("ssd0", 0.0, ours), ("ssd", tolerance, ours)]
-    return [Contender(name + end, run, beta) for name, beta, runs in kinds for end, run in runs.items()]
+    found = [Contender(name + end, run, beta) for name, beta, runs in kinds for end, run in runs.items()]
+    others = [(name, beta, drafter) for drafter in drafters for name, beta in (("ssd0", 0.0), ("ssd", tolerance))]
+    return found + [Contender(f"{name}_{drafter}", runtime, beta, drafter) for name, beta, drafter in others]
 
 
 class Timed:
@@ -84,7 +87,8 @@ class Bench:
 
     def __init__(self, voice, tolerance: float, draft_length: int, longest: int, compile: bool) -> None:
         self.voice, self.device, self.longest, self.warm = voice, voice.device, longest, False
-        self.systems = contenders(voice.runtime, tolerance, compile)
+        drafters = [name for name in voice.drafters if name != "paper"]
+        self.systems = contenders(voice.runtime, tolerance, compile, drafters)
         self.theirs = cache(partial(Transformers, voice.target, voice.draft))  # made when first asked for
         # transformers bans by a mask, all stop tokens or none; RAS is left out, for nobody else has it.
         sampler = replace(voice.sampler, ras=False, bans_by_mask=True)
@@ -113,7 +117,8 @@ class Bench:
     def take(self, contender: Contender, pieces: list, seed: int, models: tuple | None = None) -> dict:
         """Decode all pieces -> their tokens (a stop token is one), seconds, joules, and our results."""
         own = contender.runtime == self.voice.runtime
-        models = models or (self.voice.models if own else (self.voice.target, self.voice.draft))
+        ours = (self.voice.models[0], self.voice.drafters[contender.drafter])
+        models = models or (ours if own else (self.voice.target, self.voice.draft))
         tokens, seconds, results, joules = 0, 0.0, [], cost.joules(self.device)
         for prefix, config in pieces:
             config = replace(config, tolerance=contender.tolerance or 0.0)
@@ -135,7 +140,7 @@ class Bench:
 
     def forwards(self, contender: Contender, pieces: list, seed: int) -> dict:
         """A pass of its own, as its clocks disturb the decoding: seconds in forwards, and in rounds as a whole."""
-        if contender.runtime != self.voice.runtime:
+        if contender.runtime != self.voice.runtime or contender.drafter != "paper":
             return {}
         models = tuple(Timed(model, self.device) for model in self.voice.models)
         results = self.take(contender, pieces, seed, models)["results"]

@@ -22,6 +22,8 @@ NUMBERS["speed-up"] = NUMBERS["LM-RTF"]["autoregressive"] / NUMBERS["LM-RTF"]
 def of_setting(rows: pd.DataFrame) -> pd.Series:
     """The paper's numbers for the one setting of these rows; empty where it has none."""
     setting = rows.method.iloc[0]
+    if "drafter" in rows and rows.drafter.notna().any():
+        return pd.Series(dtype=float)  # it had one draft alone
     if setting == "speculative" and (rows.draft_length == LENGTH).all() and rows.tolerance.nunique() == 1:
         setting = rows.tolerance.iloc[0]
     return NUMBERS.loc[setting] if setting in NUMBERS.index else pd.Series(dtype=float)

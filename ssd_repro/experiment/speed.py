@@ -19,6 +19,8 @@ LABELS = {
     "ar": "ours, autoregressive",
     "ssd0": "ours, SSD, beta 0",
     "ssd": "ours, SSD, beta {beta:g}",
+    "ssd0_hidden": "ours, hidden-state drafter, beta 0",
+    "ssd_hidden": "ours, hidden-state drafter, beta {beta:g}",
 }
 FASTER = {  # ratio of speeds: above 1 the second system is the faster one
     "ar_over_hf_generate": ("hf_generate", "ar"),
@@ -26,6 +28,8 @@ FASTER = {  # ratio of speeds: above 1 the second system is the faster one
     "ssd0_over_hf_assisted": ("hf_assisted", "ssd0"),
     "ssd_over_ar": ("ar", "ssd"),
     "ssd0_over_ar": ("ar", "ssd0"),
+    "lossless_hidden_over_ar": ("ar", "ssd0_hidden"),
+    "ssd_hidden_over_ar": ("ar", "ssd_hidden"),
     "hf_assisted_over_hf_generate": ("hf_generate", "hf_assisted"),
     "ar_eager_over_hf_generate": ("hf_generate", "ar_eager"),
     "ssd_eager_over_hf_assisted": ("hf_assisted", "ssd_eager"),

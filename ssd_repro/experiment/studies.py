@@ -23,11 +23,22 @@ def _of_table1(p: dict, scored: bool = True) -> list[System]:
     return [replace(system, scored=scored) for system in (AUTOREGRESSIVE, System("draft"), ssd)]
 
 
+def _other_drafters(voice: Voice, p: dict) -> list[System]:
+    """Each of the voice's other drafters without loss and at the tolerance, at the draft length that suits it."""
+    others = [name for name in voice.drafters if name != "paper"]
+    return [
+        System("speculative", beta, DRAFT_LENGTHS[name], drafter=name)
+        for name in others
+        for beta in (0.0, p["tolerance"])
+    ]
+
+
 def _one_setting_at_a_time(p: dict) -> list[System]:
     lengths, temperatures = [p["draft_length"], *p["draft_lengths"]], p.get("temperatures", ())
     return grid(p["tolerances"], lengths, temperatures, p["tolerance"], p["draft_length"], scored=False)
 
 
+DRAFT_LENGTHS = {"hidden": 2}  # chosen on development sentences
 # notebook -> (name of its rows file, its parameters -> the systems that it compares)
 STUDIES = {
     "00_listen": ("listen", lambda p: _of_table1(p, scored=False)),
@@ -99,7 +110,8 @@ def begin(notebook: str, parameters: dict) -> Study:
     else:
         utterances = voice.utterances(p["utterances" if "utterances" in p else "sentences"], p["seed"])
     folder = provenance.results_folder(p["out"], p["profile"])
-    return Study(notebook, p, folder, voice, STUDIES[notebook][1](p), utterances)
+    systems = STUDIES[notebook][1](p) + (_other_drafters(voice, p) if notebook == "01_table1" else [])
+    return Study(notebook, p, folder, voice, systems, utterances)
 
 
 def make_rows(parameters: dict[str, dict]) -> None:

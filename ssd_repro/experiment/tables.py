@@ -29,22 +29,37 @@ def digits(column: str) -> int:
 
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
-    chosen = rows[rows.method == method]
+    """Rows of one method, SSD's with the paper's draft. InputError if there are none."""
+    chosen = of_papers_draft(rows)
+    chosen = chosen[chosen.method == method]
     if chosen.empty:
         raise InputError(f"there are no rows of the method {method}: run the notebook again")
     return chosen
 
 
+def of_papers_draft(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows.drafter.isna()] if "drafter" in rows else rows  # there was no other once
+
+
 def ssd_settings(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Label -> rows of each beta and L_d, at the voice's own temperature."""
+    """Label -> rows of each beta and L_d with the paper's draft, at the voice's own temperature."""
+    rows = of_papers_draft(rows)
     ssd = rows[(rows.method == "speculative") & rows.temperature.isna()].groupby(["tolerance", "draft_length"])
     return {f"SSD, beta {beta:g}, L_d {length:g}": group for (beta, length), group in ssd}
 
 
+def other_drafters(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Label -> rows of SSD with each other drafter, by beta and L_d."""
+    if "drafter" not in rows:
+        return {}
+    groups = rows[rows.drafter.notna()].groupby(["drafter", "tolerance", "draft_length"])
+    return {f"SSD, {name} drafter, beta {beta:g}, L_d {n:g}": group for (name, beta, n), group in groups}
+
+
 def by_system(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Label -> rows of the draft, then of SSD by beta and L_d."""
+    """Label -> rows of the draft, then of SSD by beta and L_d, and by drafter."""
     draft = rows[(rows.method == "draft") & rows.temperature.isna()]
-    return ({NAMES["draft"]: draft} if len(draft) else {}) | ssd_settings(rows)
+    return ({NAMES["draft"]: draft} if len(draft) else {}) | ssd_settings(rows) | other_drafters(rows)
 
 
 def estimate(name: str, statistic, *columns, scale: float = 1) -> dict[str, float]:
@@ -96,9 +111,10 @@ def _one_row_per_system(name: str, systems: dict) -> pd.DataFrame:
 
 
 def table1(rows: pd.DataFrame) -> pd.DataFrame:
-    """Autoregressive, draft and SSD."""
+    """Autoregressive, draft and SSD, then SSD with other drafters."""
     base = of_method(rows, "autoregressive")
-    systems = {name: paired(of_method(rows, method), base)[0] for method, name in NAMES.items()}
+    systems = {name: of_method(rows, method) for method, name in NAMES.items()} | other_drafters(rows)
+    systems = {name: paired(ours, base)[0] for name, ours in systems.items()}
     return _one_row_per_system("system", systems)
 
 
