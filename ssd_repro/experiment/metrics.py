@@ -10,6 +10,7 @@ ERes2Net, so only differences compare.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -198,7 +199,7 @@ def _distillmos():
     known = "torchaudio" in sys.modules
     sys.modules.setdefault("torchaudio", ModuleType("torchaudio"))
     try:
-        with redirect_stdout(sys.stderr):  # it says where its weights lie
+        with redirect_stdout(io.StringIO()):  # it says where its weights lie
             from distillmos import ConvTransformerSQAModel
 
             return ConvTransformerSQAModel().eval()

@@ -94,7 +94,10 @@ def systems_of(rows: pd.DataFrame, about: dict, profile: str) -> dict[str, pd.Da
         raise InputError("there is no row with tolerance 0: " + RUN.format(profile))
     speed = {name: tables.speed_columns(ours)["speed-up"] for name, ours in lossless.items()}
     best = max(speed, key=speed.get)
-    return {name: ours.drop_duplicates(SAME).set_index(SAME) for name, ours in (found | {best: lossless[best]}).items()}
+    return {
+        name: ours.drop_duplicates(SAME).set_index(SAME, drop=False)
+        for name, ours in (found | {best: lossless[best]}).items()
+    }
 
 
 def _spoken_by_all(systems: dict[str, pd.DataFrame]) -> tuple[list[tuple], int]:
