@@ -242,9 +242,8 @@ def run_listening_build(options) -> int:
 
     folder = results_folder(options.results, options.profile)
     key = build.build(folder, options.out, options.profile, options.utterances, options.seed)
-    print(
-        f"{options.out / 'index.html'}: build {key['build']}, {key['listeners']} listeners needed; keep key.json back"
-    )
+    needed = f"{key['listeners']} listeners needed" if key["listeners"] else "too few utterances to show equivalence"
+    print(f"{options.out / 'index.html'}: build {key['build']}, {needed}; keep key.json back")
     return 0
 
 

@@ -1,6 +1,7 @@
 """A listening test of the fake voice, and ratings that nobody gave: each answer is marked synthetic."""
 
 import json
+from dataclasses import replace
 
 from ssd_repro.experiment import provenance, run, systems
 from ssd_repro.listening import build
@@ -13,8 +14,9 @@ POINT = {"tolerance": 0.4, "draft_length": 3}
 def fill(voice, folder, count=24):
     """Rows of notebooks 01 and 02, unscored, and their provenance."""
     said = sentences.utterances(count, voice.names)
-    table1 = [systems.AUTOREGRESSIVE, systems.System("draft"), systems.System("speculative", 0.4, 3)]
+    table1 = [systems.System("autoregressive"), systems.System("draft"), systems.System("speculative", 0.4, 3)]
     for notebook, grid in (("01_table1", table1), ("02_tolerance", systems.grid([0.0, 0.4]))):
+        grid = [replace(system, scored=False) for system in grid]
         rows = run.run(voice, grid, said, folder, notebook[3:], repeats=1)
         provenance.write_provenance(folder, notebook, voice, "quick", POINT, rows.key)
 

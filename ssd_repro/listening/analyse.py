@@ -38,10 +38,13 @@ def analyse(paths: Sequence[Path], key_path: Path | None = None, results: Path |
         say(f"left out: {file}: {reason}\n")
     mark = f"**SYNTHETIC RATINGS: {heard.synthetic} of {len(heard.rows)} rows were given by no listener.** "
     mark = mark if heard.synthetic else ""
-    if heard.listeners < (needed := plan.listeners()):
+    if (needed := plan.listeners()) is None or heard.listeners < needed:
+        aim = f"to show equivalence within ± {plan.margin:g} with power {plan.power:g}"
+        asked = f"no number of them is enough {aim} on {plan.utterances} utterances: build a test of more"
         raise InputError(
-            f"{heard.listeners} listeners count, {needed} are needed to show equivalence within ± {plan.margin:g} with "
-            f"power {plan.power:g}: {needed - heard.listeners} more, and no means until then"
+            f"{heard.listeners} listeners count, "
+            + (asked if needed is None else f"{needed} are needed {aim}: {needed - heard.listeners} more")
+            + "; no means until then"
         )
     if mark and results:
         raise InputError(f"{heard.synthetic} ratings are synthetic: they do not go into {results}")

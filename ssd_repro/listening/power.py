@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from ..errors import InputError
-
-MOST = 2000  # listeners; a plan that needs more is refused
+MOST = 2000  # listeners; a plan that needs more has too few utterances
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,7 @@ class Plan:
         beyond = self.margin / self.error(listeners) - normal.inv_cdf(1 - self.level)
         return max(0.0, 2 * normal.cdf(beyond) - 1)
 
-    def listeners(self) -> int:
-        """The fewest that give the power, a multiple of the systems: whole Latin squares."""
-        for listeners in range(self.systems, MOST + 1, self.systems):
-            if self.power_with(listeners) >= self.power:
-                return listeners
-        raise InputError(
-            f"{self.utterances} utterances cannot show equivalence within ± {self.margin:g} with power {self.power:g}, "
-            f"whatever the number of listeners: take more utterances"
-        )
+    def listeners(self) -> int | None:
+        """The fewest that give the power, a multiple of the systems: whole Latin squares; None: no number does."""
+        numbers = range(self.systems, MOST + 1, self.systems)
+        return next((number for number in numbers if self.power_with(number) >= self.power), None)
