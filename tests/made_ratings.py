@@ -4,8 +4,7 @@ import json
 from dataclasses import replace
 
 from ssd_repro.experiment import provenance, run, systems
-from ssd_repro.listening import build
-from ssd_repro.listening.build import FORMAT
+from ssd_repro.listening import FORMAT, build
 from ssd_repro.speech import sentences
 
 POINT = {"tolerance": 0.4, "draft_length": 3}

@@ -4,6 +4,8 @@ from importlib import util
 
 from ..errors import InputError
 
+FORMAT = "ssd-repro listening test 1"  # of key.json, page and ratings
+
 
 def need(*modules: str) -> None:
     """InputError that names the extra, if one of its modules is not installed."""

@@ -22,11 +22,10 @@ from ..experiment.provenance import all_provenance
 from ..experiment.studies import STUDIES
 from ..files import write_bytes, write_text
 from ..speech import load
-from . import need
+from . import FORMAT, need
 from .design import PARTS, Clip, choose, trials
 from .power import Plan
 
-FORMAT = "ssd-repro listening test 1"
 LEVEL, PEAK = -23.0, 0.98  # LUFS of every clip, less if one of them would pass the peak
 SHORTEST = 0.5  # seconds; loudness is measured over 0.4
 SAME = ["text_id", "voice", "seed"]

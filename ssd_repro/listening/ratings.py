@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import InputError
-from .build import FORMAT
+from . import FORMAT
 
 FAILED = 1  # attention checks that a listener may fail
 ALIKE = 8  # equal ratings, and nothing else, from which on a listener does not count

@@ -15,8 +15,7 @@ from threading import Lock
 
 from ..errors import InputError
 from ..files import locked
-from . import need
-from .build import FORMAT
+from . import FORMAT, need
 
 LARGEST = 256 * 1024  # bytes of a session; the longest has about 60 per answer
 MOST = 10_000  # sessions
