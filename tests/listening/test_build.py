@@ -70,7 +70,7 @@ def made(fake, tmp_path):
 
 
 def test_the_sound_is_that_of_the_rows(fake, tmp_path):
-    """What is made from a row's tokens is what ``speak`` gave, pauses between pieces included, and nothing is decoded."""
+    """From a row's tokens comes what ``speak`` gave, pauses between pieces included, and nothing is decoded."""
     fake.vocode = lambda tokens, voice: np.repeat(np.float32(tokens), 960) / 6561
     take = fake.speak(TWO_PIECES, voice="bf_emma", seed=3)
     row = {"token_ids": list(take.token_ids), "pieces": [len(s.tokens) for s in take.sentences]}
