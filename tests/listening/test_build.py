@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 from collections import Counter
 
+import fake_voice
 import numpy as np
 import pytest
 import soundfile
@@ -64,9 +66,16 @@ def test_utterances_are_chosen_evenly_over_voices():
             design.choose(voices, count, 4)
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    return make_test(fake_voice.FakeVoice(), folder), folder
+
+
 @pytest.fixture
-def made(fake, tmp_path):
-    return make_test(fake, tmp_path), tmp_path / "test"
+def made(built, tmp_path):
+    shutil.copytree(built[1], tmp_path, dirs_exist_ok=True)
+    return built[0], tmp_path / "test"
 
 
 def test_the_sound_is_that_of_the_rows(fake, tmp_path):

@@ -30,12 +30,10 @@ SCREENSHOTS = os.environ.get("SSD_REPRO_SCREENSHOTS")  # a folder: to look at wh
 def test_folder(tmp_path_factory):
     """A test of four texts, 16 trials a listener, with speech-like noise in place of the fake voice's one tone."""
     folder = tmp_path_factory.mktemp("listening")
-    with pytest.MonkeyPatch.context() as patch:
-        voice = fake_voice.FakeVoice()
-        noise = np.random.default_rng(0).normal(0, 0.1, 240_000).astype(np.float32)
-        voice.vocode = lambda tokens, name: noise[sum(tokens) % 1000 :][: 960 * min(len(tokens), 20)]
-        patch.setattr("ssd_repro.speech.load.load", lambda *_, **__: voice)
-        make_test(voice, folder, 4, rows=12)
+    voice = fake_voice.FakeVoice()
+    noise = np.random.default_rng(0).normal(0, 0.1, 240_000).astype(np.float32)
+    voice.vocode = lambda tokens, name: noise[sum(tokens) % 1000 :][: 960 * min(len(tokens), 20)]
+    make_test(voice, folder, 4, rows=12)
     return folder / "test"
 
 

@@ -1,7 +1,9 @@
 """Ratings files in, Table 2 out. All ratings here are synthetic, and say so in every row."""
 
 import json
+import shutil
 
+import fake_voice
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,9 +19,17 @@ pytest.importorskip("statsmodels", reason="the extra listen is not installed")
 pytest.importorskip("pyloudnorm", reason="the extra listen is not installed")
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    return make_test(fake_voice.FakeVoice(), folder), folder
+
+
 @pytest.fixture
-def key(fake, tmp_path):
-    return make_test(fake, tmp_path)
+def key(built, tmp_path):
+    """That of a test in tmp_path/test, made from the rows in tmp_path/results."""
+    shutil.copytree(built[1], tmp_path, dirs_exist_ok=True)
+    return built[0]
 
 
 def sessions(key, count, seed=0, **about):
