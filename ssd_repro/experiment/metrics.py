@@ -2,7 +2,7 @@
 
 NMOS: the paper does not say which DNSMOS column it reports. Here the heading NMOS always
 stands for **P808_MOS** (ITU-T P.808, ``p808``); P.835's OVRL, SIG and BAK stand beside it, and where it is installed
-DistillMOS, a predictor of another family (``distillmos``).
+DistillMOS, a predictor of another family: ``pip install --no-deps distillmos==0.9.1 xls-r-sqa==0.1.0``.
 WER: Whisper base (int8, beam 5, temperature 0) and Whisper's English normaliser.
 SS: cosine of GE2E embeddings (Resemblyzer), or of WavLM's x-vectors (``speaker``); the paper's is
 ERes2Net, so only differences compare.
@@ -195,7 +195,7 @@ def distillmos(audio: np.ndarray, rate: int) -> float:
 
 @lru_cache(maxsize=1)
 def _distillmos():
-    """The model. It imports torchaudio, for its command alone, and PyPI's does not load beside torch's CPU builds."""
+    """The model. It imports torchaudio, for its command alone; PyPI's cannot be loaded beside torch's CPU builds."""
     known = "torchaudio" in sys.modules
     sys.modules.setdefault("torchaudio", ModuleType("torchaudio"))
     try:
