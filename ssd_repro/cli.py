@@ -50,7 +50,8 @@ _parse = {int: _number(int, "a whole number"), float: _number(float, "a number")
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="speak|run|report|bench|tokenise|train-draft")
+    names = "speak|run|report|bench|listening-test|tokenise|train-draft"
+    commands = top.add_subparsers(dest="command", required=True, metavar=names)
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
@@ -106,6 +107,8 @@ def parser() -> Parser:
     bench.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     bench.set_defaults(function=run_bench)
 
+    _add_listening_test(commands)
+
     tokens = commands.add_parser("tokenise", help="LibriTTS as rows for train-draft to learn from; alone or launched")
     tokens.add("--target", REQUIRED, "a released CosyVoice 2 or 3", Path)
     tokens.add("--data", REQUIRED, "LibriTTS, one subset or all of them", Path)
@@ -134,6 +137,28 @@ def parser() -> Parser:
     train.add("--samples", None, "rows that the on-policy recipe speaks; default all", int)
     train.set_defaults(function=run_train_draft)
     return top
+
+
+def _add_listening_test(commands) -> None:
+    parts = commands.add_parser("listening-test", help="Table 2: build, serve and analyse a test with listeners")
+    parts = parts.add_subparsers(dest="part", required=True, metavar="build|serve|analyse")
+    build = parts.add_parser("build", help="make the test's folder from the rows of notebooks 01 and 02")
+    build.add("--profile", "quick", "names the results folder with the rows")
+    build.add("--results", "", "results folder; default results/<profile>")
+    build.add("--out", REQUIRED, "folder for index.html, audio/ and key.json", Path)
+    build.add("--utterances", 24, "texts, each heard once by a listener; a multiple of the four systems")
+    build.add("--seed", 0, "of orders, pairs and checks")
+    build.set_defaults(function=run_listening_build)
+    serve = parts.add_parser("serve", help="serve a built test and save its ratings in DIR/ratings")
+    serve.add_argument("folder", type=Path, metavar="DIR", help="what build made")
+    serve.add("--host", "127.0.0.1", "address to listen at")
+    serve.add("--port", 8000, "0: a free one")
+    serve.set_defaults(function=run_listening_serve)
+    analyse = parts.add_parser("analyse", help="MOS, equivalence and ABX from ratings files, or a folder of them")
+    analyse.add_argument("ratings", nargs="+", type=Path, metavar="RATINGS", help="files that the test saved")
+    analyse.add("--key", None, "key.json of the test; default the one beside or above the ratings", Path)
+    analyse.add("--results", None, "results folder whose Table 2 shall have the means", Path)
+    analyse.set_defaults(function=run_listening_analyse)
 
 
 def _help_of_run(run: Parser) -> str:
@@ -244,6 +269,31 @@ def run_bench(options) -> int:
         rows, about = studies.begin("07_bench", parameters).compare()
         shown = [report.show(name, rows, folder, about).data for name in ("bench", "bench_ratios", "cost")]
     print(json.dumps(speed.summary(rows)) if options.json else "\n".join(shown))
+    return 0
+
+
+def run_listening_build(options) -> int:
+    from .experiment.provenance import results_folder
+    from .listening import build
+
+    folder = results_folder(options.results, options.profile)
+    key = build.build(folder, options.out, options.profile, options.utterances, options.seed)
+    needed = f"{key['listeners']} listeners needed" if key["listeners"] else "too few utterances to show equivalence"
+    print(f"{options.out / 'index.html'}: build {key['build']}, {needed}; keep key.json back")
+    return 0
+
+
+def run_listening_serve(options) -> int:
+    from .listening.serve import serve
+
+    serve(options.folder, options.host, options.port)
+    return 0
+
+
+def run_listening_analyse(options) -> int:
+    from .listening.analyse import analyse
+
+    analyse(options.ratings, options.key, options.results)
     return 0
 
 

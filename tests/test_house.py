@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "models": (*BASE, "decoding", "models"),
     "speech": (*BASE, "decoding", "models", "speech"),
     "experiment": (*BASE, "decoding", "models", "speech", "experiment"),
+    "listening": (*BASE, "decoding", "models", "speech", "experiment", "listening"),
     "training": (*BASE, "decoding", "models", "speech", "training"),
     **dict.fromkeys(BASE, BASE),
 }

@@ -1,7 +1,8 @@
 """What is measured on finished audio: WER, DNSMOS and speaker similarity, all at 16 kHz.
 
 NMOS: the paper does not say which DNSMOS column it reports. Here the heading NMOS always
-stands for **P808_MOS** (ITU-T P.808, ``p808``); P.835's OVRL, SIG and BAK stand beside it.
+stands for **P808_MOS** (ITU-T P.808, ``p808``); P.835's OVRL, SIG and BAK stand beside it, and where it is installed
+DistillMOS, a predictor of another family: ``pip install --no-deps distillmos==0.9.1 xls-r-sqa==0.1.0``.
 WER: Whisper base (int8, beam 5, temperature 0) and Whisper's English normaliser.
 SS: cosine of GE2E embeddings (Resemblyzer), or of WavLM's x-vectors (``speaker``); the paper's is
 ERes2Net, so only differences compare.
@@ -9,14 +10,17 @@ ERes2Net, so only differences compare.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -33,25 +37,29 @@ DNSMOS_FILES = ("model_v8.onnx", "sig_bak_ovr.onnx")
 WAVLM_FILES = ("model.safetensors", "pytorch_model.bin")
 WAVLM_HELP = "give a WavLM with x-vector head (hub name, folder), such as microsoft/wavlm-base-plus-sv, or '' for GE2E"
 ERRORS, MOS = ("word_errors", "words", "char_errors", "chars"), ("p808", "sig", "bak", "ovrl")
-UNSCORED = {"transcript": None, **dict.fromkeys([*ERRORS, *MOS, "similarity"], math.nan)}  # of a row that is not scored
+SCORES = (*ERRORS, *MOS, "distillmos", "similarity")
+UNSCORED = {"transcript": None, **dict.fromkeys(SCORES, math.nan)}  # of a row that is not scored
 
 
 def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper="", speaker="") -> dict:
     """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
     transcript = transcribe(audio, rate, whisper)
     similarity = speaker_similarity(audio, reference, rate, speaker)
-    return {"transcript": transcript, **text_errors(text, transcript), **dnsmos(audio, rate), "similarity": similarity}
+    mos = {**dnsmos(audio, rate), "distillmos": distillmos(audio, rate)}
+    return {"transcript": transcript, **text_errors(text, transcript), **mos, "similarity": similarity}
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
     """Of each model that scores a row: its name and the first digits of the SHA-256 of its files, or InputError."""
     name, device = _whisper_settings(whisper)
+    second = util.find_spec("distillmos") and _package("distillmos") / "weights" / "distill_mos_v7.pt"
     return {
         "whisper": (name or "base") + ("" if device == "cpu" else f", {device}"),
         "whisper_sha256": file_digest(find_whisper(whisper) / "model.bin"),
         "speaker": speaker or "GE2E",
         "speaker_sha256": file_digest(_speaker_file(speaker)),
         "dnsmos_sha256": " ".join(file_digest(file) for file in _dnsmos_files()),
+        **({"distillmos_sha256": file_digest(second)} if second else {}),
     }
 
 
@@ -173,6 +181,31 @@ def dnsmos(audio: np.ndarray, rate: int) -> dict[str, float]:
     sound = torch.from_numpy(resample(audio, rate, RATE))
     scores = deep_noise_suppression_mean_opinion_score(sound, RATE, False, num_threads=torch.get_num_threads())
     return dict(zip(MOS, scores.tolist(), strict=True))
+
+
+def distillmos(audio: np.ndarray, rate: int) -> float:
+    """DistillMOS of one utterance (Stahl and Gamper 2025), 1 to 5; NaN without sound, or where it is not installed."""
+    if not len(audio) or not util.find_spec("distillmos"):
+        return math.nan
+    import torch
+
+    with torch.inference_mode():
+        return float(_distillmos()(torch.from_numpy(resample(audio, rate, RATE))[None]))
+
+
+@lru_cache(maxsize=1)
+def _distillmos():
+    """The model. It imports torchaudio, for its command alone; PyPI's cannot be loaded beside torch's CPU builds."""
+    known = "torchaudio" in sys.modules
+    sys.modules.setdefault("torchaudio", ModuleType("torchaudio"))
+    try:
+        with redirect_stdout(io.StringIO()):  # it says where its weights lie
+            from distillmos import ConvTransformerSQAModel
+
+            return ConvTransformerSQAModel().eval()
+    finally:
+        if not known:
+            del sys.modules["torchaudio"]
 
 
 def _speaker_file(speaker: str) -> Path:

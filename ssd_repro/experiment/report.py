@@ -30,6 +30,11 @@ QUALITY = (
     f"tests at 5 % against the margins {statistics.MARGINS}; 'shown different': the interval leaves 0 out; 'no "
     "difference shown' is neither, and does not mean equal. Length ratio: seconds of audio over the target's."
 )
+LISTENED = "listening.csv"  # of a results folder: what ``listening-test analyse`` found
+MACHINES = (
+    "SIM-MOS, NAT-MOS: people's ratings, 1 to 5, by `ssd-repro listening-test`; the paper's with ± half of its 95 % "
+    "interval. Machine: no rating but a model's prediction; NMOS is DNSMOS P808_MOS."
+)
 STAGES = "Seconds per second of audio; verify: the target's steps; rest: the loop. LM share: prefill to rest."
 ACCEPTANCE = (
     f"{INTERVALS} Accepted / judged: of the drafted tokens up to a round's first rejection; accepted / drafted: of "
@@ -99,6 +104,17 @@ def _names(values: pd.Series) -> str:
     return " and ".join(dict.fromkeys(Path(value).name for value in values))
 
 
+def machine_listeners(rows: pd.DataFrame) -> str:
+    """What the columns of Table 2 are, and how far its two predictors of naturalness agree on these rows."""
+    if not tables.has(rows, "distillmos"):
+        return MACHINES
+    both = rows[["distillmos", "p808"]].dropna()
+    r, low, high = tables.estimate("", statistics.pearson, both.distillmos, both.p808).values()
+    return (
+        f"{MACHINES} Correlation of DistillMOS with P808_MOS over {len(both)} rows: {tables.number(r, 2, low, high)}."
+    )
+
+
 def caveats(rows: pd.DataFrame) -> str:
     """What to know of these rows: empty utterances, and a machine that did other work; '' if there is nothing."""
     counts = {tables.NAMES[method]: count_empty(ours) for method, ours in rows.groupby("method", sort=False)}
@@ -128,7 +144,8 @@ def _counted(events: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A table with its figure: ``table(rows)``, or ``table(rows, tolerance, draft_length)`` where ``at_setting``.
+    """A table with its figure: ``table(rows)``, or ``table(rows, tolerance, draft_length)`` where ``at_setting``,
+    ``table(rows, rated)`` where ``with_ratings``.
 
     note: what stands below the table, or what computes it from the rows. draw(table, axes) fills the axes of a figure
     of ``shape`` (rows, columns) and ``size`` inches.
@@ -142,6 +159,7 @@ class Exhibit:
     size: tuple[float, float] = (10, 3.4)
     readable: Callable[[pd.DataFrame], pd.DataFrame] = tables.readable
     at_setting: bool = False
+    with_ratings: bool = False
 
 
 def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **settings) -> Exhibit:
@@ -160,6 +178,9 @@ EXHIBITS = {
     "table1": Exhibit("01_table1", tables.table1, TABLE, figures.table1, (1, 2)),
     "table1_quality": Exhibit("01_table1", tables.quality, QUALITY, readable=tables.readable_quality),
     "table1_paper": _and_paper("01_table1", tables.quality_and_paper, columns=_QUALITY),
+    "table2": Exhibit(
+        "01_table1", tables.table2, machine_listeners, readable=tables.readable_table2, with_ratings=True
+    ),
     "table3": Exhibit("02_tolerance", tables.table3, TABLE, figures.table3, (1, 2)),
     "table3_quality": Exhibit("02_tolerance", tables.quality, QUALITY, readable=tables.readable_quality),
     "table3_paper": _and_paper("02_tolerance", tables.quality_and_paper, columns=_WER),
@@ -188,6 +209,10 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
     """
     exhibit = EXHIBITS[name]
     at = {k: about["parameters"][k] for k in ("tolerance", "draft_length")} if exhibit.at_setting else {}
+    if exhibit.with_ratings:
+        rated = Path(folder) / LISTENED
+        found = pd.read_csv(rated, index_col="system") if rated.is_file() else pd.DataFrame(columns=["weights"])
+        at["rated"] = found[found.weights == about["weights"]]
     table = exhibit.table(rows, **at)
     note = exhibit.note if isinstance(exhibit.note, str) else exhibit.note(rows)
     below = " ".join(filter(None, (note, caveats(rows), source_line(folder, about, rows))))

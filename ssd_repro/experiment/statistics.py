@@ -39,6 +39,7 @@ MEASURES = (
     Measure("WER, points", "word_errors", "words", 1.0, 1),
     Measure("CER, points", "char_errors", "chars", None, 1),
     Measure("P808 (NMOS)", "p808", None, 0.1),
+    Measure("DistillMOS", "distillmos"),
     Measure("OVRL", "ovrl"),
     Measure("SIG", "sig"),
     Measure("BAK", "bak"),
@@ -86,6 +87,13 @@ def verdict(inner: tuple[float, float], outer: tuple[float, float], margin: floa
     if margin is not None and -margin < inner[0] and inner[1] < margin:
         return SHOWN_EQUIVALENT
     return SHOWN_DIFFERENT if outer[0] > 0 or outer[1] < 0 else NOT_SHOWN
+
+
+def pearson(a, b):
+    """Correlation over the last axis; NaN where one of both does not vary."""
+    a, b = (x - x.mean(-1, keepdims=True) for x in (np.asarray(a, float), np.asarray(b, float)))
+    spread = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return (a * b).sum(-1) / np.where(spread, spread, np.nan)
 
 
 def paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

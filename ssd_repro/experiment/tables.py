@@ -19,9 +19,11 @@ from .statistics import bootstrap, corpus_speedup, paired, ratio_of_sums
 
 NAMES = {"autoregressive": "Autoregressive", "draft": "Draft", "speculative": "SSD"}
 PHASES = ("text", *LM_PHASES, "codec")  # of a row's seconds, in the order of work
-MEANS = {"NMOS": "p808", "OVRL": "ovrl", "SIG": "sig", "BAK": "bak", "SS": "similarity"}  # column -> of the rows
+MEANS = {"NMOS": "p808", "DistillMOS": "distillmos", "OVRL": "ovrl", "SIG": "sig", "BAK": "bak", "SS": "similarity"}
+MACHINES = ("NMOS", "DistillMOS", "OVRL", "SS")  # of MEANS, those that predict what listeners rate
 SPEEDUP = "speed-up of the LM"
-DIGITS = {"n": 0, "L_d": 0, "threads": 0, "value": 3, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
+COUNTS = dict.fromkeys(("n", "listeners", "L_d", "threads"), 0)
+DIGITS = {**COUNTS, "value": 3, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
 
 
 def digits(column: str) -> int:
@@ -79,10 +81,15 @@ def speedup(name: str, rows: pd.DataFrame, seconds: str, size: str) -> dict[str,
     return estimate(name, corpus_speedup, *(rows[column] for column in columns))
 
 
+def has(rows: pd.DataFrame, column: str) -> bool:
+    """Whether these rows were measured so: older ones, or those made without DistillMOS, were not."""
+    return column in rows and bool(rows[column].notna().any())
+
+
 def quality_columns(rows: pd.DataFrame) -> dict[str, float]:
     rows = rows[rows.words.notna()]
     wer = estimate("WER %", ratio_of_sums, rows.word_errors, rows.words, scale=100)
-    means = {name: rows[column].mean() for name, column in MEANS.items()}
+    means = {name: rows[column].mean() for name, column in MEANS.items() if has(rows, column)}
     return {**wer, "CER %": 100 * ratio_of_sums(rows.char_errors, rows.chars), **means}
 
 
@@ -118,6 +125,25 @@ def table1(rows: pd.DataFrame) -> pd.DataFrame:
     return _one_row_per_system("system", systems)
 
 
+def table2(rows: pd.DataFrame, rated: pd.DataFrame) -> pd.DataFrame:
+    """Table 1's systems by listeners (``rated``: ``ssd-repro listening-test analyse``; NaN without) and by machines."""
+    measured = table1(rows)
+    listened = [f"{name}{end}" for name in paper.RATED for end in ("", "_low", "_high")] + ["listeners"]
+    table = rated.reindex(index=measured.index, columns=listened)
+    machines = measured[[name for name in MACHINES if name in measured]].add_suffix(" (machine)")
+    return table.join(machines).join(paper.LISTENERS.add_prefix("paper ")).assign(n=measured.n)
+
+
+def readable_table2(table: pd.DataFrame) -> pd.DataFrame:
+    text = readable(table)
+    for name, label in zip(table.index, (label for label in text.index if not label.startswith("*")), strict=True):
+        for rating in paper.RATED:
+            if pd.isna(table.loc[name, rating]):
+                text.loc[label, rating] = "not yet rated"
+            text.loc[f"*{name}, paper*", rating] += f" ± {table.loc[name, f'paper {rating} ±']:.2f}"
+    return text
+
+
 def table3(rows: pd.DataFrame) -> pd.DataFrame:
     """The autoregressive target, then SSD, one row per beta."""
     base = of_method(rows, "autoregressive")
@@ -142,7 +168,7 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
         {"system": name, "measure": measure.name, **statistics.difference(ours, base, measure)}
         for name, ours in by_system(rows).items()
         for measure in statistics.MEASURES
-        if ours.scored.all()
+        if ours.scored.all() and (has(base, measure.top) or measure.top != "distillmos")
     )
     return pd.DataFrame(compared).set_index("system")
 

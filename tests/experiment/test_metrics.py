@@ -17,6 +17,8 @@ from ssd_repro.speech.audio import read_audio
 
 pytest.importorskip("speechmos", reason="the extra eval is not installed")
 RATE = 24_000
+DISTILLMOS = metrics.util.find_spec("distillmos") is not None
+REFERENCES = checkpoints.BUNDLED / "references"
 
 
 def voiced(seconds=3.0, pitch=120.0, seed=0):
@@ -71,6 +73,18 @@ def test_without_sound_there_is_no_score():
     assert (scores["transcript"], scores["word_errors"], scores["words"]) == ("", 3, 3)
 
 
+@pytest.mark.skipif(not DISTILLMOS, reason="distillmos is not installed (metrics.py says how)")
+def test_distillmos_hears_noise_and_is_no_must(monkeypatch):
+    speech = read_audio(next(REFERENCES.glob("*.flac")), RATE)
+    noisy = speech + np.random.default_rng(0).normal(0, 0.1, len(speech)).astype(np.float32)
+    clean = metrics.distillmos(speech, RATE)
+    assert 5 > clean > metrics.distillmos(noisy, RATE) + 0.5 > 1
+    assert math.isnan(metrics.distillmos(speech[:0], RATE))
+    found = metrics.util.find_spec
+    monkeypatch.setattr(metrics.util, "find_spec", lambda name: None if name == "distillmos" else found(name))
+    assert math.isnan(metrics.distillmos(speech, RATE)) and "distillmos_sha256" not in metrics.models()
+
+
 def test_similarity_is_one_with_itself_and_less_with_another():
     a, b = voiced(pitch=110), voiced(pitch=210, seed=1)
     assert metrics.speaker_similarity(a, a, RATE) == pytest.approx(1, abs=1e-4)
@@ -98,7 +112,7 @@ def test_rows_name_their_metric_models_by_content(monkeypatch, tmp_path):
     monkeypatch.delenv(metrics.WHISPER_VARIABLE, raising=False)
     plain = metrics.models()
     assert (plain["whisper"], plain["speaker"]) == ("base", "GE2E")
-    for model, count in {"whisper": 1, "speaker": 1, "dnsmos": 2}.items():
+    for model, count in [("whisper", 1), ("speaker", 1), ("dnsmos", 2), *[("distillmos", 1)] * DISTILLMOS]:
         assert re.fullmatch(" ".join(["[0-9a-f]{12}"] * count), plain[f"{model}_sha256"])
     folder = whisper_folder(tmp_path / "own", b"one")
     monkeypatch.setenv(metrics.WHISPER_VARIABLE, folder)
@@ -127,7 +141,6 @@ def test_a_missing_metric_model_is_one_sentence(monkeypatch, package):
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_metrics.json").read_text("utf-8"))
-REFERENCES = checkpoints.BUNDLED / "references"
 
 
 @pytest.mark.skipif(not REFERENCES.is_dir(), reason="no bundled voice in this checkout")
@@ -140,7 +153,7 @@ def test_the_metrics_of_stored_audio_stay_as_they_are(name):
     assert set(found) == set(expected)
     for score in ("transcript", "word_errors", "words", "char_errors", "chars"):
         assert found[score] == expected[score]
-    for score in ("p808", "sig", "bak", "ovrl", "similarity"):
+    for score in ("p808", "sig", "bak", "ovrl", "similarity", *["distillmos"] * DISTILLMOS):
         assert found[score] == pytest.approx(expected[score], abs=2e-3)
 
 
