@@ -210,7 +210,7 @@ def target_bytes() -> int:
 
 
 def test_weights_stay_small():
-    assert sum(p.stat().st_size for p in checkpoints.BUNDLED.rglob("*") if p.is_file()) < 80e6
+    assert sum(p.stat().st_size for p in checkpoints.BUNDLED.rglob("*") if p.is_file()) < 130e6
 
 
 def test_save_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
