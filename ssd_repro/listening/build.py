@@ -29,7 +29,6 @@ from .power import Plan
 LEVEL, PEAK = -23.0, 0.98  # LUFS of every clip, less if one of them would pass the peak
 SHORTEST = 0.5  # seconds; loudness is measured over 0.4
 SAME = ["text_id", "voice", "seed"]
-SETTING = ["method", "tolerance", "draft_length"]
 RUN = "run `ssd-repro run --profile {} --only 01 02` first"
 
 
@@ -84,11 +83,10 @@ def systems_of(rows: pd.DataFrame, about: dict, profile: str) -> dict[str, pd.Da
     """Name -> rows by SAME of autoregressive, draft, SSD at 01's setting, and the fastest lossless drafter."""
     own = about["parameters"]
     found = {name: rows[rows.method == method] for method, name in list(tables.NAMES.items())[:2]}
-    found["SSD"] = rows[(rows.tolerance == own["tolerance"]) & (rows.draft_length == own["draft_length"])]
-    lossless = {
-        f"SSD, beta 0, L_d {setting[2]:g}": ours
-        for setting, ours in rows[rows.tolerance == 0].groupby(SETTING, dropna=False)
-    }
+    papers = tables.of_papers_draft(rows)
+    found["SSD"] = papers[(papers.tolerance == own["tolerance"]) & (papers.draft_length == own["draft_length"])]
+    lossless = {**tables.ssd_settings(rows), **tables.other_drafters(rows)}
+    lossless = {name: ours for name, ours in lossless.items() if (ours.tolerance == 0).all()}
     if not lossless:
         raise InputError("there is no row with tolerance 0: " + RUN.format(profile))
     speed = {name: tables.speed_columns(ours)["speed-up"] for name, ours in lossless.items()}
