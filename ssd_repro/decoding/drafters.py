@@ -111,8 +111,14 @@ class Drafter(Protocol):
         """The round is judged: the sequence now has ``size`` tokens, forget all others."""
 
 
-class HiddenModel(LanguageModel, Protocol):
-    """A small model that drafts from the target's hidden states (``models.hidden_draft``)."""
+class HiddenModel(Protocol):
+    """A small model that drafts from the target's hidden states (``models.hidden_draft``).
+
+    It has no method ``session``: by that the loop knows a language model, which drafts from tokens alone.
+    """
+
+    def open(self) -> Session:
+        """A new sequence."""
 
     def reduce(self, features: Tensor) -> Tensor:
         """The target's (1, n, F) -> (1, n, hidden)."""
@@ -137,7 +143,7 @@ class HiddenDrafter:
         """Prefills with prefix (1, T, hidden), T >= 2, which ``target`` has just been prefilled with."""
         self.model, self.target, self.seen = model, target, target.features
         features = model.reduce(target.features)
-        self.session, self.calls = model.session(), 1
+        self.session, self.calls = model.open(), 1
         self.session.feed(model.join(features[:, :-1], prefix[:, 1:]))
         self.ready, self.known, self.size = features[:, -1:], self.session.length, 0
 

@@ -38,7 +38,7 @@ def _one_setting_at_a_time(p: dict) -> list[System]:
     return grid(p["tolerances"], lengths, temperatures, p["tolerance"], p["draft_length"], scored=False)
 
 
-DRAFT_LENGTHS = {"hidden": 2}  # chosen on development sentences
+DRAFT_LENGTHS = {"hidden": 2}  # of 1 to 4 the best by theory, with the acceptance of its training log (results/voice)
 # notebook -> (name of its rows file, its parameters -> the systems that it compares)
 STUDIES = {
     "00_listen": ("listen", lambda p: _of_table1(p, scored=False)),

@@ -75,7 +75,7 @@ class HiddenDraftLM:
     """
 
     def __init__(self, draft: HiddenDraft, lm: LanguageModel) -> None:
-        self.reduce, self.join, self.embed, self.session = draft.reduce, draft.join, draft.embed, lm.session
+        self.reduce, self.join, self.embed, self.open = draft.reduce, draft.join, draft.embed, lm.session
 
     def __call__(self, prefix: Tensor, target: Session) -> HiddenDrafter:
         return HiddenDrafter(self, prefix, target)

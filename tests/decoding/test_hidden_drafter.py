@@ -41,8 +41,10 @@ def models(request):
 
 
 @pytest.mark.parametrize("draft_length", [1, 3, 6])
-def test_greedy_tokens_are_the_targets(models, draft_length):
+def test_greedy_tokens_are_the_targets(models, draft_length, monkeypatch):
     target, draft = models
+    opened, inner = [], draft.open
+    monkeypatch.setattr(draft, "open", lambda: opened.append("drafter") or inner())
     config = DecodeConfig(
         sampler=Sampler(temperature=0), max_tokens=60, stop_ids=(), draft_length=draft_length, tolerance=0.0
     )
@@ -50,6 +52,7 @@ def test_greedy_tokens_are_the_targets(models, draft_length):
         alone = autoregressive(target, PREFIX, config, generator())
         result = speculative(target, draft, PREFIX, config, generator())
     assert result.tokens == alone.tokens and len(alone.tokens) == 60
+    assert result.draft_calls > 1 and opened == ["drafter"]
     assert 0 < result.accepted < result.drafted  # both kinds of rounds were taken
 
 
