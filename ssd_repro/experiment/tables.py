@@ -127,7 +127,7 @@ def table1(rows: pd.DataFrame) -> pd.DataFrame:
 
 def table2(rows: pd.DataFrame, rated: pd.DataFrame) -> pd.DataFrame:
     """Table 1's systems by listeners (``rated``: ``ssd-repro listening-test analyse``; NaN without) and by machines."""
-    measured = table1(rows)
+    measured = table1(of_papers_draft(rows))
     listened = [f"{name}{end}" for name in paper.RATED for end in ("", "_low", "_high")] + ["listeners"]
     table = rated.reindex(index=measured.index, columns=listened)
     machines = measured[[name for name in MACHINES if name in measured]].add_suffix(" (machine)")
