@@ -106,7 +106,7 @@ class ModelDrafter:
     is missing, one token or two: cheaper than a forward of its own.
     """
 
-    def __init__(self, model: LanguageModel, prefix: Tensor, target: Session) -> None:
+    def __init__(self, model: LanguageModel, prefix: Tensor, target: Session | None = None) -> None:
         """Prefills the model with prefix (1, T, hidden); ``target`` is not looked at."""
         self.session = model.session()
         self.session.prefill(prefix)

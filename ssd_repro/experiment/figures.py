@@ -98,7 +98,7 @@ def table1(table: pd.DataFrame, axes) -> None:
         ax.set(ylim=(len(table) - 0.4, -0.6), xlabel=label)
         ax.set_xlim(left=0)
         ax.grid(axis="x", alpha=0.3)
-    axes[0].legend(loc="lower left", frameon=False)
+    axes[0].legend(loc="upper left", frameon=False)
 
 
 def _over_setting(ax, x, table: pd.DataFrame, name: str, label: str) -> None:

@@ -8,6 +8,7 @@ nothing, and the tables take the acceptance of the voice's own rows instead.
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import groupby
@@ -73,7 +74,8 @@ def prices(
     sizes = {p.size: own if p.size == mine else Geometry.named(p.size, 1, own.speech_vocab) for p in where}
     shared = {**_shared(voice, tolerance), "study": "prices", "tokens": tokens, "repeats": repeats}
     found, threads = [], torch.get_num_threads()
-    with locked_rows(folder, "growth") as path:
+    with locked_rows(folder, "growth") as path, ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
         known = rows_of_folder(folder)
         for (size, count), group in groupby(progress(where), lambda p: (p.size, p.threads)):
             torch.set_num_threads(count)
@@ -83,7 +85,6 @@ def prices(
                 settings = {drafter: {**same, "drafter": drafter} for drafter in DRAFTERS}
                 measure = partial(_prices, voice, models, point, tolerance, tokens, repeats)
                 found += rows_together(path, known, settings, measure)
-    torch.set_num_threads(threads)
     return to_frame(found)
 
 
