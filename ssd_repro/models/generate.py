@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..decoding.result import DecodeConfig, DecodeResult
-from ..decoding.speculative import stream
+from ..decoding.speculative import collect, stream
 from ..errors import InputError, first_line
 from .causal import Model, check_cache, law_of_row, new_cache
 
@@ -219,14 +219,7 @@ def _check_caches(model, draft, given: Cache, prefixes: list[Tensor], new: int) 
 
 def _collect(rounds, streamer) -> DecodeResult:
     """Run the loop; the streamer gets what ``generate`` would give it, the stop token too."""
-    while True:
-        try:
-            tokens = next(rounds)
-        except StopIteration as end:
-            result = end.value
-            break
-        if streamer is not None:
-            streamer.put(torch.tensor([tokens]))
+    result = collect(rounds, None if streamer is None else lambda tokens: streamer.put(torch.tensor([tokens])))
     if streamer is not None:
         if result.stopped:
             streamer.put(torch.tensor([[result.stop]]))

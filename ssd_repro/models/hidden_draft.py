@@ -40,13 +40,12 @@ class HiddenDraft(nn.Module):
         self.lm.speech_embedding = target.speech_embedding
         self.reducer = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
         self.joiner = nn.Linear(2 * hidden, hidden, bias=False)
-        self._begin(target)
         self.lm.model.embed_tokens.requires_grad_(False)
         self.lm.speech_embedding.requires_grad_(False)
 
     @torch.no_grad()
-    def _begin(self, target: SpeechLM) -> None:
-        """The last layer, the head's best low rank, and the last depth's hidden state passed on."""
+    def begin_from(self, target: SpeechLM) -> HiddenDraft:
+        """Where training starts: the last layer, the head's best low rank, the last depth's hidden state passed on."""
         rank, hidden = self.lm.head[0].out_features, self.reducer.out_features
         self.lm.model.layers[0].load_state_dict(target.model.layers[-1].state_dict())
         self.lm.model.norm.load_state_dict(target.model.norm.state_dict())
@@ -57,6 +56,7 @@ class HiddenDraft(nn.Module):
             self.lm.head[1].bias.copy_(target.head.bias)
         self.reducer.weight.mul_(0.1)[:, -hidden:].add_(torch.eye(hidden))
         self.joiner.weight.mul_(0.1)[:, :hidden].add_(torch.eye(hidden))
+        return self
 
     def reduce(self, features: Tensor) -> Tensor:
         return self.reducer(features)

@@ -22,7 +22,7 @@ from ..models.speech_lm import SpeechLM
 from .data import Example, flat, hold_out
 from .deployed import Target, load_target, sample
 from .hidden import HiddenTask
-from .loop import Settings, Task, check_choice, check_identity, identity
+from .loop import Settings, Task, check_choice, check_identity, identity, overlap
 from .loop import train as run_training
 from .parallel import agree, processes
 
@@ -75,8 +75,8 @@ class DraftTask(Task):
             return {"loss": F.kl_div(p.log_softmax(-1), deployed(q), reduction="batchmean")}
         return {
             "loss": F.cross_entropy(p, batch.labels),
-            "overlap": torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean(),
-            "acceptance": torch.minimum(deployed(p), deployed(q)).sum(-1).mean(),
+            "overlap": overlap(p.softmax(-1), q.softmax(-1)),
+            "acceptance": overlap(deployed(p), deployed(q)),
         }
 
 

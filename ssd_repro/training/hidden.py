@@ -18,7 +18,7 @@ from ..models.hidden_draft import HiddenDraft
 from ..models.speech_lm import SpeechLM
 from .data import Example
 from .deployed import Target
-from .loop import Task
+from .loop import Task, overlap
 
 PASSES = 4  # one more than the paper's L_d
 
@@ -35,7 +35,7 @@ class HiddenTask(Task):
         if not isinstance(target.lm, SpeechLM):
             raise InputError(f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there")
         target.lm.requires_grad_(False)
-        self.target, self.draft = target, HiddenDraft(target.lm)
+        self.target, self.draft = target, HiddenDraft(target.lm).begin_from(target.lm)
         target.lm.taps = self.draft.taps
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
@@ -57,11 +57,6 @@ class HiddenTask(Task):
             log_p = (logits / temperature).log_softmax(-1)
             losses.append(0.1 * F.kl_div(log_p, q, reduction="batchmean") + 0.9 * (1 - overlap(log_p.exp(), q)))
         return {"loss": torch.stack(losses).mean()}
-
-
-def overlap(p: Tensor, q: Tensor) -> Tensor:
-    """p, q (N, V) -> mean of sum min(p, q): 1 - total variation."""
-    return torch.minimum(p, q).sum(-1).mean()
 
 
 def unrolled(draft: HiddenDraft, features: Tensor, embedded: Tensor, passes: int) -> list[Tensor]:

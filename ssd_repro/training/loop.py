@@ -77,6 +77,11 @@ def check_choice(name: str, value: str, known) -> None:
         raise InputError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
 
 
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    """p, q (N, V) -> mean of sum min(p, q): 1 - total variation."""
+    return torch.minimum(p, q).sum(-1).mean()
+
+
 class Task(nn.Module):
     """What ``train`` trains: those of its parameters that require a gradient.
 

@@ -20,7 +20,7 @@ from ..models.speech_lm import SpeechLM, small_qwen2
 from ..speech.text import SYMBOLS, TEXT_VOCABULARY
 from .codec import flip
 from .data import Example, collate
-from .loop import Settings, Task, train
+from .loop import Settings, Task, overlap, train
 from .splice import PROMPT_TOKENS, behind, by_voice, find_words, splice
 
 STOP_TOKENS = 3  # 6,561 codes + 3, as CosyVoice 2
@@ -174,7 +174,7 @@ class TargetTask(Task):
         total = speech + 0.5 * phone + self.options.draft_weight * draft
         terms = {"loss": total, "speech": speech, "phone": phone, "draft": draft}
         if not self.training:
-            terms["overlap"] = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()
+            terms["overlap"] = overlap(p.softmax(-1), q.softmax(-1))
         return terms
 
     def _flipped(self, codes: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def made(vocab=40, scale=0.3):
     for parameter in target.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=scale)
-    draft = HiddenDraft(target, rank=16).eval().requires_grad_(False)
+    draft = HiddenDraft(target, rank=16).begin_from(target).eval().requires_grad_(False)
     target.taps = draft.taps
     return target, draft
 
