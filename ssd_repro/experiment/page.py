@@ -103,7 +103,7 @@ def why(one: System) -> str:
     """What a round costs here, and what it may cost for the paper's speed-up."""
     said = (
         f"{samples.label(one.name)} gives {one.tokens:.2f} tokens a round. A round costs {one.round:.2f} steps of the "
-        f"target: {one.length * one.draft:.2f} for its {one.length} draft steps, {one.verify:.2f} for the verification. "
+        f"target: {one.length * one.draft:.2f} for {one.length} draft steps, {one.verify:.2f} for the verification. "
     )
     if "speed-up" in one.paper:
         theirs = one.paper["speed-up"]
