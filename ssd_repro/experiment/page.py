@@ -112,7 +112,7 @@ def why(one: System) -> str:
 
 
 def price(one: System) -> str:
-    calls = float(one.rows.tokens_per_target_call.mean())
+    calls = pd.to_numeric(one.rows.tokens_per_target_call).mean()
     values = [one.tokens, calls, one.draft, one.verify, one.round, one.found["costs"]]
     theirs = tables.number(one.paper.get("speed-up", math.nan), 2)
     cells = [*(f"{value:.2f}" for value in values), f"{one.speed:.2f} {one.interval}", theirs]
@@ -125,8 +125,9 @@ PRICES = """<div class="cards">{cards}</div>
 <h3>Why it differs from the paper</h3>
 <p>{why} Speed-up ≈ N / (L<sub>d</sub>·c + V):</p>
 <div class="scroll" tabindex="0" role="region" aria-label="What a round costs"><table class="sortable" id="prices">
-<thead><tr><th>system<th>N, tokens per round<th>tokens per target call<th>c, draft step<th>V, verification
-<th>L<sub>d</sub>·c + V<th>speed-up, predicted<th>measured<th>paper</tr></thead><tbody>{rows}</tbody></table></div>
+<thead><tr><th>system</th><th>N, tokens per round</th><th>tokens per target call</th><th>c, draft step</th>
+<th>V, verification</th><th>L<sub>d</sub>·c&nbsp;+&nbsp;V</th><th>speed-up, predicted</th><th>measured</th>
+<th>paper</th></tr></thead><tbody>{rows}</tbody></table></div>
 <p class="note">c and V in steps of the target. Predicted per token, measured per second of audio; tokens per target
 call counts the prefill as a call.</p>"""
 
