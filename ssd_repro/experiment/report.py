@@ -15,7 +15,7 @@ from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
-from . import acceptance, cost, figures, price, speed, statistics, tables
+from . import acceptance, cost, figures, front, price, speed, statistics, tables
 from .provenance import all_provenance, relative
 from .rows import SILENCE_DB, busy, count_empty, rows_of_folder, to_frame
 
@@ -276,7 +276,7 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
             if f"<!-- {name} -->" in text:
                 texts[page] = put_between(text, name, shown.data)
     for page, text in texts.items():
-        write_text(page, CELL.sub(partial(_cell, root=page.parent), text))
+        write_text(page, front.renew(CELL.sub(partial(_cell, root=page.parent), text), folder))
     return ran
 
 

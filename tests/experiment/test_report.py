@@ -119,8 +119,8 @@ def test_numbers_in_sentences(tmp_path):
             report._cell(found, tmp_path)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "results" / "README.md"], ids=["README", "results"])
-def test_pages_have_the_numbers_of_the_committed_tables(page):
+def test_the_results_page_has_the_numbers_of_the_committed_tables():
+    page = ROOT / "results" / "README.md"
     text = page.read_text("utf-8")
     assert len(report.CELL.findall(text)) > 10
     assert report.CELL.sub(lambda found: report._cell(found, page.parent), text) == text
