@@ -207,10 +207,10 @@ def here(fake, monkeypatch, results):
 
 def test_notebooks_make_results_and_no_row_twice(here, fake, results):
     out = results / "out"
-    for number in (1, 2, 3, 5, 6, 7, 8):
+    for number in (1, 2, 3, 5, 6, 7, 8, 9):
         here(number)
     decodes, measured = len(fake.calls), [(out / "rows" / f"{name}.jsonl").read_bytes() for name in ("bench", "growth")]
-    for number in (1, 4, 6, 7, 8):
+    for number in (1, 4, 6, 7, 8, 9):
         here(number)
     assert len(fake.calls) == decodes
     assert measured == [(out / "rows" / f"{name}.jsonl").read_bytes() for name in ("bench", "growth")]
@@ -218,7 +218,10 @@ def test_notebooks_make_results_and_no_row_twice(here, fake, results):
     exhibits = report.EXHIBITS.items()
     assert names == {
         *("00_listen.ipynb", "04_stages.ipynb", "provenance.json"),
-        *(f"rows/{name}.jsonl" for name in ("listen", "table1", "tolerance", "draft_length", "bench", "growth")),
+        *(
+            f"rows/{name}.jsonl"
+            for name in ("listen", "table1", "tolerance", "draft_length", "bench", "growth", "price")
+        ),
         *(f"tables/{name}.{end}" for name, _ in exhibits for end in ("csv", "md")),
         *(f"figures/{name}.{end}" for name, e in exhibits if e.draw for end in ("png", "svg")),
     }

@@ -46,6 +46,9 @@ def fill(voice, folder):
     }
     studies.Study("07_bench", at, folder, voice, [], said).compare()
     studies.Study("08_growth", at, folder, voice, [System("speculative", 0.4, 3, scored=False)], said).grow()
+    at |= {"betas": [1.0], "mixtures": [0.5], "ranks": [2], "epsilons": [0.1], "cosines": [0.5]}
+    heard = [AUTOREGRESSIVE, System("speculative", None, 3, rule="ensemble:0.5")]
+    studies.Study("09_price_of_tolerance", at, folder, voice, heard, said).price(heard)
 
 
 def test_report_makes_everything_from_rows_alone(fake, tmp_path, monkeypatch):
