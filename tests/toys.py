@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 
+from ssd_repro.decoding import drafters
 from ssd_repro.decoding import speculative as speculative_module
 from ssd_repro.decoding.sampling import probabilities
 from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
@@ -95,7 +96,7 @@ def exact_law(table: torch.Tensor, config) -> dict[tuple[int, ...], float]:
 def law_of_all_branches(run, monkeypatch) -> dict:
     """The exact law of what ``run()`` returns: every draw and every verdict taken each way in turn."""
     law, script = Counter(), []
-    accept = speculative_module.Tolerance.accept
+    accept, jointly = speculative_module.Tolerance.accept, speculative_module.joint_acceptance
 
     def choose(chances: list[float]) -> int:
         options = [i for i, chance in enumerate(chances) if chance > 0]
@@ -113,8 +114,15 @@ def law_of_all_branches(run, monkeypatch) -> dict:
         n = choose([*(a * (1 - k) for a, k in zip(upto, kept, strict=False)), upto[-1]])
         return (torch.arange(len(kept)) < n).float()
 
-    monkeypatch.setattr(speculative_module, "draw", draw)
+    def joint_verdict(p, q, tokens):
+        joint, chance = jointly(p, q, tokens)
+        n = choose(ends_jointly(chance).tolist())
+        return joint, (torch.arange(1, len(chance) + 1) == n).float()
+
+    for module in (speculative_module, drafters):
+        monkeypatch.setattr(module, "draw", draw)
     monkeypatch.setattr(speculative_module.Tolerance, "accept", verdict)
+    monkeypatch.setattr(speculative_module, "joint_acceptance", joint_verdict)
     while True:
         trace, mass = [], [1.0]
         law[run()] += mass[0]
@@ -123,6 +131,13 @@ def law_of_all_branches(run, monkeypatch) -> dict:
         if not trace:
             return law
         script = [pick for pick, _ in trace[:-1]] + [trace[-1][0] + 1]
+
+
+def ends_jointly(chance: torch.Tensor) -> torch.Tensor:
+    """Chances (..., L) to keep each prefix, the longest first -> those that 0 .. L tokens stand, (..., L + 1)."""
+    kept = torch.cat((torch.ones_like(chance[..., :1]), chance), -1)
+    longer = torch.cat((1 - kept[..., 1:], torch.ones_like(kept[..., :1])), -1)
+    return kept * longer.flip(-1).cumprod(-1).flip(-1)
 
 
 def tiny_lm(layers: int = 4, seed: int = 0, vocab: int = 13) -> SpeechLM:

@@ -52,9 +52,11 @@ class Tape:
     draft and target alike.
     """
 
-    def __init__(self, sampler: Sampler | Law, capacity: int, ban_mask: Tensor, min_tokens: int = 0) -> None:
-        """capacity: cells, in tokens; ban_mask: bool (V,), banned at positions < min_tokens."""
-        self.sampler, self.ban_mask, self.min_tokens = sampler, ban_mask, min_tokens
+    def __init__(
+        self, sampler: Sampler | Law, capacity: int, ban_mask: Tensor, min_tokens: int = 0, confidence: float = 0.0
+    ) -> None:
+        """capacity: cells, in tokens; ban_mask: bool (V,), banned at positions < min_tokens; confidence: of drafts."""
+        self.sampler, self.ban_mask, self.min_tokens, self.confidence = sampler, ban_mask, min_tokens, confidence
         self.pad = sampler.ras_window if isinstance(sampler, Sampler) and sampler.ras else 1
         self.cells = ban_mask.new_full((self.pad + capacity,), -1, dtype=torch.int64)
         self.size = 0
@@ -68,7 +70,7 @@ class Tape:
                 raise InputError(f"{name} has {max(ids)}; the model's token ids end at {vocab - 1}.")
         mask = torch.zeros(vocab, dtype=torch.bool)
         mask[list(config.banned)] = True
-        return cls(config.sampler, config.max_tokens, mask.to(logits.device), config.min_tokens)
+        return cls(config.sampler, config.max_tokens, mask.to(logits.device), config.min_tokens, config.confidence)
 
     def tokens(self, start: int, end: int) -> Tensor:
         """Cells start .. end-1, (end - start,); a view."""
@@ -101,14 +103,45 @@ class Drafter(Protocol):
     calls: int
 
     def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draft positions tape.size .. tape.size+count-1 and write them on the tape.
+        """Draft positions tape.size .. tape.size+count-1, or fewer but one, and write them on the tape.
 
-        Returns tokens (count,) and p (count, V): exactly what each token was drawn from,
-        given the tape before it.
+        Returns tokens (n,) and p (n, V): exactly what each token was drawn from, given the tape before
+        it. Whether there is one token more may depend on the tape before it and on p, never on that token.
         """
 
     def rollback(self, size: int) -> None:
         """The round is judged: the sequence now has ``size`` tokens, forget all others."""
+
+
+class Stepwise:
+    """Drafts one token after another, through the target's sampler; a drafter says how it comes by the logits.
+
+    ADAPTIVE LENGTH, where tape.confidence > 0: after each token x_i the draft is expected to stand up to there with
+    the chance p_1(x_1) .. p_i(x_i): a sampled token that the draft itself finds unlikely is seldom one of the target's.
+    The draft ends where this falls below the confidence. Each token is then read on the host.
+    It stays exact: whether x_(i+1) is drafted is settled by the past, x_1 .. x_i and p, before x_(i+1) is drawn.
+    So given x_1 .. x_i that stand, the next token follows q on either branch: judged if it is drafted, the
+    target's own if not. (Jointly verified, a prefix stands with a chance that is found from the draft's end
+    backwards, ``verify_block``; there, too, x_1 .. x_i alone say whether they are that end.)
+    """
+
+    calls: int
+
+    def step(self, tape: Tape, position: int) -> Tensor:
+        """Logits (1, V) for ``position``, that of the next token; from tape.size on, in turn."""
+        raise NotImplementedError
+
+    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        first, p, trust = tape.size, [], 1.0
+        while len(p) < count and trust >= tape.confidence:
+            position = first + len(p)
+            p.append(tape.probabilities(self.step(tape, position), position))
+            token = draw(p[-1][0], generator)
+            tape.write(position, token)
+            if tape.confidence:
+                trust *= float(p[-1][0, token])
+        self.calls += len(p)
+        return tape.tokens(first, first + len(p)), torch.cat(p)
 
 
 class HiddenModel(Protocol):
@@ -130,7 +163,7 @@ class HiddenModel(Protocol):
         """Speech tokens (1, n) -> (1, n, hidden)."""
 
 
-class HiddenDrafter:
+class HiddenDrafter(Stepwise):
     """Drafts with one small layer on what the target thought (EAGLE: Li et al. 2024; three depths: EAGLE-3, 2025).
 
     Its input at a position is the target's hidden state there, joined with the token that follows; it
@@ -147,18 +180,14 @@ class HiddenDrafter:
         self.session.feed(model.join(features[:, :-1], prefix[:, 1:]))
         self.ready, self.known, self.size = features[:, -1:], self.session.length, 0
 
-    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        first, features, p = tape.size, self.ready, []
-        for position in range(first, first + count):
-            tokens = tape.tokens(position - features.shape[1], position)
-            logits = self.session.feed(self.model.join(features, self.model.embed(tokens[None])))
-            if position == first:
-                self.known, self.ready = self.session.length, features[:, :0]
-            p.append(tape.probabilities(logits, position))
-            tape.write(position, draw(p[-1][0], generator))
-            features = self.session.features[:, -1:]
-        self.calls += count
-        return tape.tokens(first, first + count), torch.cat(p)
+    def step(self, tape: Tape, position: int) -> Tensor:
+        first = position == tape.size
+        features = self.ready if first else self.session.features[:, -1:]
+        tokens = tape.tokens(position - features.shape[1], position)
+        logits = self.session.feed(self.model.join(features, self.model.embed(tokens[None])))
+        if first:
+            self.known, self.ready = self.session.length, features[:, :0]
+        return logits
 
     def rollback(self, size: int) -> None:
         self.session.crop(self.known)

@@ -12,6 +12,7 @@ from ..errors import InputError, check_number
 from .sampling import Law, Sampler
 
 PHASES = ("prefill", "draft", "verify", "rest")
+VERIFICATIONS = ("token", "block")
 
 
 class NumericsError(InputError):
@@ -30,6 +31,8 @@ class DecodeConfig:
     draft_length  L_d, the paper's 3
     tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's distribution
     rule          a ``Rule`` that judges in place of Tolerance(tolerance), such as those of ``rules.py``
+    verification  token: each drafted token by itself, as in the paper; block: all jointly (tolerance 0 only)
+    confidence    0: always L_d tokens are drafted; above: fewer where the draft trusts them less (``Stepwise``)
     """
 
     sampler: Sampler | Law = field(default_factory=Sampler)
@@ -40,6 +43,8 @@ class DecodeConfig:
     draft_length: int = 3
     tolerance: float = 0.4
     rule: object | None = None
+    verification: str = "token"
+    confidence: float = 0.0
 
     def __post_init__(self):
         if not (isinstance(self.sampler, Sampler) or callable(self.sampler)):
@@ -56,6 +61,11 @@ class DecodeConfig:
         check_number("tolerance", self.tolerance, 0.0, 1.0)
         if self.rule is not None and not (hasattr(self.rule, "accept") and hasattr(self.rule, "residual")):
             raise InputError(f"rule is {self.rule!r}; it must have the methods accept and residual of a Rule.")
+        check_number("confidence", self.confidence, 0.0, 1.0)
+        if self.verification not in VERIFICATIONS:
+            raise InputError(f"verification is {self.verification!r}; it must be {' or '.join(VERIFICATIONS)}.")
+        if self.verification == "block" and self.tolerance:
+            raise InputError(f"tolerance is {self.tolerance}; with block verification, which is exact, it must be 0.")
 
     @property
     def banned(self) -> tuple[int, ...]:
@@ -74,7 +84,7 @@ class Round:
     emitted   accepted + the token that the target added, if any (a stop token included)
     kind      that token: 'resampled' after a rejection, 'bonus' after a full acceptance,
               'sampled' where nothing was drafted; 'stopped' if an accepted stop came first
-    rejected  the drafted token that 'resampled' stands in for
+    rejected  the drafted token that 'resampled' stands in for (block verification may draw that very token again)
     """
 
     drafted: int

@@ -1,10 +1,10 @@
-"""Speech speculative decoding, from top to bottom: Eq. 5, Eq. 6, verify, draft a block, the loop.
+"""Speech speculative decoding, from top to bottom: Eq. 5, Eq. 6, verify (token by token, or jointly), draft, the loop.
 
 GLOSSARY, in the paper's symbols (Leviathan et al. and several libraries use p and q the other way round):
 
     p            the DRAFT's distribution, as it is really sampled from (temperature, top-k, top-p, RAS)
     q            the TARGET's, through the same sampler
-    L_d          ``draft_length``: tokens that the draft proposes in a round
+    L_d          ``draft_length``: tokens that the draft proposes in a round, with a ``confidence`` at most
     beta         ``tolerance``: added to the acceptance probability; 0 keeps the target's distribution
     accepted     a drafted token that the target kept
     resampled    the token drawn in place of the first rejected one, from the residual max(0, q - p)
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .drafters import Drafter, LanguageModel, Session, Tape
+from .drafters import Drafter, LanguageModel, Session, Stepwise, Tape
 from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round
-from .sampling import draw
+from .sampling import draw, on_host
 
 # ------------------------------------------------------------------------------ acceptance
 
@@ -94,11 +94,47 @@ def verify(p: Tensor, q: Tensor, tokens: Tensor, rule: Rule, generator: torch.Ge
     return n, draw(rest[0], generator)
 
 
+def verify_block(p: Tensor, q: Tensor, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``verify`` without tolerance, but for all drafted tokens jointly: Sun et al. 2024 (arXiv 2403.10444), Alg. 2.
+
+    Exact, and in expectation no fewer tokens are accepted than by ``verify``: the longest prefix x_1 .. x_i that is
+    kept with its chance h_i stands, also where a token inside it would have been rejected. After it comes a token of
+    normalize(max(0, b_i q_(i+1) - p_(i+1))), b and h of ``joint_acceptance``. Why: from the end of the draft
+    backwards, i or more tokens stand with the chance b_i, given that x_1 .. x_i were drafted. So of the probability
+    b_i q_(i+1)(x), due to x after them, drafting x pays min(b_i q, p) and the residual the rest.
+    """
+    if tokens.shape[0] < 2:
+        return verify(p, q, tokens, Tolerance(0.0), generator)  # the same for one token
+    joint, chance = joint_acceptance(p, q, tokens)
+    kept = torch.rand(chance.shape, generator=generator, device=p.device) < chance
+    n = (kept * torch.arange(1, len(kept) + 1, device=p.device)).max()
+    ended = n[None]
+    drafted = torch.cat((p, torch.zeros_like(p[:1])))
+    due = joint.index_select(0, ended)[:, None] * q.index_select(0, ended)
+    return n, draw(residual(drafted.index_select(0, ended), due)[0], generator)
+
+
+def joint_acceptance(p: Tensor, q: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """b (L+1,): b_0 = 1, b_i = min(1, b_(i-1) q_i(x_i) / p_i(x_i)); and h (L,) of i = 1 .. L, as in ``verify_block``.
+
+    h_i = S / (S + (1 - b_i)), S the sum of max(0, b_i q_(i+1) - p_(i+1)); past the draft p = 0, so h_L = b_L.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    p_x, q_x = (each.gather(-1, tokens[:, None])[:, 0] for each in (p, q[:-1]))
+    joint = [torch.ones_like(p_x[0])]
+    for ratio in q_x / p_x.clamp_min(tiny):
+        joint.append((joint[-1] * ratio).clamp_max(1.0))
+    b = torch.stack(joint)
+    following = torch.cat((p[1:], torch.zeros_like(p[:1])))
+    left = (b[1:, None] * q[1:] - following).clamp_min(0.0).sum(-1)
+    return b, left / (left + (1 - b[1:])).clamp_min(tiny)
+
+
 # ---------------------------------------------------------------------------------- draft
 
 
-class ModelDrafter:
-    """Drafts a block with a language model, one token after another, through the target's sampler.
+class ModelDrafter(Stepwise):
+    """Drafts with a language model of its own.
 
     INVARIANT, between rounds, with T prefix positions and ``size`` tokens on the tape: the
     cache holds the prefix and tokens 0 .. size-2; after a full acceptance 0 .. size-3,
@@ -113,15 +149,9 @@ class ModelDrafter:
         self.start = self.session.length
         self.calls = 1
 
-    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        first, p = tape.size, []
-        for position in range(first, first + count):
-            missing = tape.tokens(self.session.length - self.start, position)
-            logits = self.session.extend(missing[None])[0, -1:]
-            p.append(tape.probabilities(logits, position))
-            tape.write(position, draw(p[-1][0], generator))
-        self.calls += count
-        return tape.tokens(first, first + count), torch.cat(p)
+    def step(self, tape: Tape, position: int) -> Tensor:
+        missing = tape.tokens(self.session.length - self.start, position)
+        return self.session.extend(missing[None])[0, -1:]
 
     def rollback(self, size: int) -> None:
         self.session.crop(min(self.session.length, self.start + size - 1))
@@ -187,8 +217,13 @@ def stream(
 
     Yields each round's new speech tokens (one or more) as soon as they are final; returns
     the result. Time spent by the consumer is in no phase's seconds. InputError, before any work, if
-    a static cache is too short.
+    a static cache is too short, or for adaptive drafts on a GPU.
     """
+    if draft is not None and config.confidence and not on_host(prefix):
+        raise InputError(
+            f"confidence is {config.confidence} and the device {prefix.device}: set it to 0, adaptive drafts are for "
+            "CPUs, for on a GPU each drafted token would wait to be read."
+        )
     _check_room(target, prefix, config)
     make_drafter = None
     if draft is not None:
@@ -222,13 +257,13 @@ def _rounds(
         count = min(config.draft_length, room) if drafter and rounds else 0
         drafted, p = tape.tokens(tape.size, tape.size), logits[:0].float()
         if count:
-            drafted, p = drafter.propose(tape, count, generator)  # (count,), (count, V)
+            drafted, p = drafter.propose(tape, count, generator)  # (n,), (n, V), n <= count
         clock.lap("draft")
 
         if rounds:
-            logits = session.extend(tape.tokens(tape.size - 1, tape.size + count)[None])[0]
+            logits = session.extend(tape.tokens(tape.size - 1, tape.size + len(drafted))[None])[0]
             target_calls += 1
-        q = tape.probabilities(logits, tape.size)  # (count + 1, V)
+        q = tape.probabilities(logits, tape.size)  # (n + 1, V)
         accepted, proposal, news = _judge(p, q, drafted, tape, config, generator)
         clock.lap("verify")
 
@@ -259,7 +294,10 @@ def _judge(
     -> accepted count n, drafted tokens, new tokens (n accepted + 1); the tape holds the new
     ones. NumericsError if p (L, V) or q (L+1, V) holds a NaN.
     """
-    accepted, added = verify(p, q, drafted, config.rule or Tolerance(config.tolerance), generator)
+    if config.verification == "block":
+        accepted, added = verify_block(p, q, drafted, generator)
+    else:
+        accepted, added = verify(p, q, drafted, config.rule or Tolerance(config.tolerance), generator)
     broken = (p.sum() + q.sum()).isnan()  # NaN rows of logits stay NaN rows
     report = torch.cat((torch.stack((broken, accepted, added)), drafted))
     broken, n, token, *proposal = report.tolist()

@@ -17,6 +17,7 @@ SETTINGS = {  # Table 1, then Table 3 by beta; Table 1's SSD has beta 0.4
 }
 NUMBERS = pd.DataFrame.from_dict(SETTINGS, orient="index", columns=["WER %", "NMOS", "SS", "LM-RTF"])
 NUMBERS["speed-up"] = NUMBERS["LM-RTF"]["autoregressive"] / NUMBERS["LM-RTF"]
+OTHERWISE = ["drafter", "verification", "confidence"]  # of a row: set where SSD is not as in the paper
 RATED = ("SIM-MOS", "NAT-MOS")
 LISTENERS = pd.DataFrame.from_dict(  # Table 2; ±: half of its 95 % interval
     {
@@ -32,8 +33,8 @@ LISTENERS = pd.DataFrame.from_dict(  # Table 2; ±: half of its 95 % interval
 def of_setting(rows: pd.DataFrame) -> pd.Series:
     """The paper's numbers for the one setting of these rows; empty where it has none."""
     setting = rows.method.iloc[0]
-    if "drafter" in rows and rows.drafter.notna().any():
-        return pd.Series(dtype=float)  # it had one draft alone
+    if rows.reindex(columns=OTHERWISE).notna().any(axis=None):
+        return pd.Series(dtype=float)  # it had one draft alone, and one way to judge it
     if setting == "speculative" and (rows.draft_length == LENGTH).all() and rows.tolerance.nunique() == 1:
         setting = rows.tolerance.iloc[0]
     return NUMBERS.loc[setting] if setting in NUMBERS.index else pd.Series(dtype=float)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-LATER = ("rule",)  # fields of System that came after rows had been published
+LATER = ("verification", "confidence", "rule")  # fields of System that came after rows had been published
 
 
 @dataclass(frozen=True)
 class System:
     """One way of decoding, and whether its sound is scored.
 
-    tolerance, draft_length, drafter (None: the paper's), rule (of
-    ``decoding.rules``, in place of the tolerance): of the speculative method alone. temperature: of draft and
-    target; None is the voice's own.
+    tolerance, draft_length, drafter (None: the paper's), verification (None: token), confidence (None: 0, never fewer
+    than draft_length drafted), rule (of ``decoding.rules``, in place of the tolerance): of the speculative method
+    alone. temperature: of draft and target; None is the voice's own.
     """
 
     method: str
@@ -21,6 +21,8 @@ class System:
     draft_length: int | None = None
     temperature: float | None = None
     drafter: str | None = None
+    verification: str | None = None
+    confidence: float | None = None
     scored: bool = True
     rule: str | None = None
 
@@ -52,11 +54,14 @@ def grid(tolerances=(), draft_lengths=(), temperatures=(), tolerance=0.4, draft_
 
 
 def distinct(systems: list[System], voice) -> list[System]:
-    """Each way of decoding once, scored if any of its duplicates is; the voice's own temperature becomes None."""
+    """Each way of decoding once, scored if any of its duplicates is; what is the default anyway becomes None."""
     plain = []
     for system in systems:
         beta, heat = (None if x is None else float(x) for x in (system.tolerance, system.temperature))
-        plain.append(replace(system, tolerance=beta, temperature=None if heat == voice.sampler.temperature else heat))
+        fields = {"tolerance": beta, "temperature": None if heat == voice.sampler.temperature else heat}
+        fields |= {"confidence": float(system.confidence) if system.confidence else None}
+        fields |= {"verification": None if system.verification == "token" else system.verification}
+        plain.append(replace(system, **fields))
     return list(dict.fromkeys(replace(s, scored=True) if replace(s, scored=True) in plain else s for s in plain))
 
 

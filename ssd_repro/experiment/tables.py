@@ -40,7 +40,8 @@ def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
 
 
 def of_papers_draft(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows.drafter.isna()] if "drafter" in rows else rows  # there was no other once
+    """Without rows of other drafters, of block verification, of adaptive drafts; older rows lack these columns."""
+    return rows[rows.reindex(columns=paper.OTHERWISE).isna().all(axis=1)]
 
 
 def ssd_settings(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -51,11 +52,16 @@ def ssd_settings(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def other_drafters(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Label -> rows of SSD with each other drafter, by beta and L_d."""
-    if "drafter" not in rows:
-        return {}
-    groups = rows[rows.drafter.notna()].groupby(["drafter", "tolerance", "draft_length"])
-    return {f"SSD, {name} drafter, beta {beta:g}, L_d {n:g}": group for (name, beta, n), group in groups}
+    """Label -> rows of SSD otherwise than in the paper: by drafter, beta, L_d, verification and confidence."""
+    columns = ["drafter", "tolerance", "draft_length", "verification", "confidence"]
+    others = rows[rows.reindex(columns=paper.OTHERWISE).notna().any(axis=1)]
+    how = others.reindex(columns=columns).astype(object)
+    how = how.fillna({"drafter": "paper", "verification": "", "confidence": 0})
+    found = {}
+    for (name, beta, n, jointly, trust), part in others.groupby([how[column] for column in columns]):
+        more = f", {jointly}" * bool(jointly) + f", adaptive {trust:g}" * bool(trust)
+        found[f"SSD, {name} drafter, beta {beta:g}, L_d {n:g}{more}"] = part
+    return found
 
 
 def by_system(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

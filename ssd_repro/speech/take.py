@@ -15,7 +15,8 @@ from ..files import write_bytes
 
 FACTS = (
     "method text voice token_ids audio_seconds lm_seconds lm_rtf rtf seconds target_calls draft_calls acceptance_rate "
-    "tokens_per_target_call tolerance draft_length drafter stopped seed device sample_rate"
+    "tokens_per_target_call tolerance draft_length drafter verification confidence stopped seed device "
+    "sample_rate"
 )
 
 
@@ -41,7 +42,9 @@ class Take:
     draft_length: int
     sample_rate: int
     gap_seconds: float  # silence between the pieces that have tokens
-    drafter: str = "paper"  # who proposed, if the method is speculative
+    drafter: str = "paper"  # who proposed, if the method is speculative, and how: see DecodeConfig
+    verification: str = "token"
+    confidence: float = 0.0
 
     @property
     def audio_seconds(self) -> float:

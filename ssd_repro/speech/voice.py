@@ -96,6 +96,8 @@ class Voice:
         temperature=None,
         drafter="paper",
         rule=None,
+        verification="token",
+        confidence=0.0,
     ) -> str:
         """Check every setting before any work -> the text, white space folded. Raises InputError."""
         if method not in METHODS:
@@ -106,13 +108,16 @@ class Voice:
         if drafter not in self.drafters:
             raise InputError(f"drafter {drafter!r} is not one of this voice's: choose {' or '.join(self.drafters)}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
-        self.config(1, tolerance, draft_length, **self._sampling(temperature, rule))
+        how = self._decoding(temperature, rule, verification, confidence)
+        self.config(1, tolerance, draft_length, **how)
         return check_text(text)
 
-    def _sampling(self, temperature: float | None, rule: str | None = None) -> dict:
-        """What ``config`` gets for another sampling temperature than the voice's own (None), or another rule."""
-        heat = {} if temperature is None else {"sampler": replace(self.sampler, temperature=temperature)}
-        return heat if rule is None else heat | {"rule": self.rule(rule)}
+    def _decoding(self, temperature: float | None, rule: str | None, verification: str, confidence: float) -> dict:
+        """What ``config`` gets besides tolerance and draft length; None: the voice's own temperature, the tolerance."""
+        decoding = {"verification": verification, "confidence": confidence}
+        if temperature is not None:
+            decoding["sampler"] = replace(self.sampler, temperature=temperature)
+        return decoding if rule is None else decoding | {"rule": self.rule(rule)}
 
     def rule(self, name: str) -> rules.ByToken:
         """An acceptance rule by its name, such as "matched:0.4"; each is made once. InputError for another name."""
@@ -143,14 +148,19 @@ class Voice:
         temperature: float | None = None,
         drafter: str = "paper",
         rule: str | None = None,
+        verification: str = "token",
+        confidence: float = 0.0,
     ) -> Take:
         """Speak ``text``; long text piece by piece. The same seed and settings give the same tokens.
 
         ``drafter`` proposes for the speculative method: the paper's draft, or another of ``drafters``. ``on_tokens``
         is called with new speech tokens as they are accepted; ``temperature`` is that of draft and target, the
-        voice's own by default; ``rule``, of ``decoding.rules``, judges in place of the tolerance. Raises InputError.
+        voice's own by default; ``rule``, of ``decoding.rules``, judges in place of the tolerance. ``verification`` and
+        ``confidence`` as in ``DecodeConfig``: block with tolerance 0, and confidence on a CPU. Raises InputError.
         """
-        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter, rule)
+        how = (temperature, rule, verification, confidence)
+        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter, *how[1:])
+        decoding = self._decoding(*how)
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
         pieces = self.front.pieces(text, voice)
@@ -158,7 +168,7 @@ class Voice:
         results, audio, gap = [], [], np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
         for piece in pieces:
             settings = (method, voice, tolerance, draft_length, generator, on_tokens, drafter)
-            result = self.decode(piece, *settings, **self._sampling(temperature, rule))
+            result = self.decode(piece, *settings, **decoding)
             results.append(result)
             began = time.perf_counter()
             if result.tokens:
@@ -180,6 +190,8 @@ class Voice:
             sample_rate=self.sample_rate,
             gap_seconds=self.gap_seconds,
             drafter=drafter,
+            verification=verification,
+            confidence=confidence,
         )
 
     def stream(
@@ -192,6 +204,8 @@ class Voice:
         seed: int = 0,
         temperature: float | None = None,
         drafter: str = "paper",
+        verification: str = "token",
+        confidence: float = 0.0,
     ) -> Iterator[np.ndarray]:
         """``speak``'s audio in pieces, as soon as they are final: float32 (samples,); joined they are its audio.
 
@@ -199,16 +213,17 @@ class Voice:
         all before it, so that making the piece's sound from its beginning again costs no more than twice. Raises
         InputError.
         """
-        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter)
-        return self._stream(text, method, voice, tolerance, draft_length, seed, temperature, drafter)
+        how = (temperature, drafter, verification, confidence)
+        text = self.check(text, method, voice, tolerance, draft_length, seed, *how)
+        settings = (method, voice, tolerance, draft_length, torch.Generator(self.device).manual_seed(seed), drafter)
+        return self._stream(text, voice, settings, self._decoding(temperature, verification, confidence))
 
-    def _stream(self, text, method, voice, tolerance, draft_length, seed, temperature, drafter) -> Iterator[np.ndarray]:
-        generator, lookahead = torch.Generator(self.device).manual_seed(seed), self.front.lookahead
-        settings = (method, voice, tolerance, draft_length, generator, drafter)
+    def _stream(self, text: str, voice: str, settings: tuple, decoding: dict) -> Iterator[np.ndarray]:
+        lookahead = self.front.lookahead
         pause = np.zeros(0, np.float32)  # before the first piece that has sound
         for piece in self.front.pieces(text, voice):
             tokens, sent, due = [], 0, math.inf if lookahead is None else FIRST_CHUNK + lookahead
-            for new in self.rounds(piece, *settings, **self._sampling(temperature)):
+            for new in self.rounds(piece, *settings, **decoding):
                 tokens += new
                 if len(tokens) >= due:
                     audio = self.vocode(tuple(tokens), voice)

@@ -56,7 +56,8 @@ def test_greedy_tokens_are_the_targets(models, draft_length, monkeypatch):
     assert 0 < result.accepted < result.drafted  # both kinds of rounds were taken
 
 
-def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(models):
+@pytest.mark.parametrize("confidence", [0.0, 0.02])
+def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(models, confidence):
     """After rounds of every kind, p is that of the unrolled passes of training over the whole sequence."""
     target, draft = models
     sampler, drafters = Sampler(top_k=0, top_p=1.0, ras=False), []
@@ -72,8 +73,11 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
         return drafters[-1]
 
     rounds = []
-    config = DecodeConfig(sampler=sampler, max_tokens=40, stop_ids=(), draft_length=4, tolerance=0.3)
+    config = DecodeConfig(
+        sampler=sampler, max_tokens=40, stop_ids=(), draft_length=4, tolerance=0.3, confidence=confidence
+    )
     result = speculative(target, make, PREFIX, config, generator(3))
+    assert (len({len(p) for _, _, p in rounds[:-4]}) > 1) == (confidence > 0)  # the last are cut by max_tokens
     assert {r.accepted for r in result.rounds} >= {0, 1} and len(rounds) > 8
     for tokens, size, p in rounds:
         whole = torch.cat((PREFIX, TARGET.speech_embedding(tokens[None])), 1)

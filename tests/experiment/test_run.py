@@ -205,6 +205,22 @@ def test_the_voices_own_temperature_is_no_other_setting(fake, tmp_path):
         run_module.run(fake, systems.grid((), (), [-1.0]), sentences.utterances(1, fake.names), tmp_path, "a")
 
 
+def test_how_a_draft_is_judged_is_of_a_rows_key_only_where_it_is_not_as_before(fake, tmp_path):
+    point = System("speculative", 0.0, 3)
+    before = ("method", "tolerance", "draft_length", "temperature", "drafter", "scored")
+    assert set(point.settings()) == set(before) and point.settings() == {k: getattr(point, k) for k in before}
+    ways = {"verification": "block", "confidence": 0.25}
+    asked = [point, replace(point, verification="token", confidence=0), *(replace(point, **{k: ways[k]}) for k in ways)]
+    rows = run_module.run(fake, asked, sentences.utterances(1, fake.names), tmp_path, "a", repeats=1)
+    assert len(rows) == rows.key.nunique() == 3
+    assert [list(ways.values())] == [[rows[name].dropna().item() for name in ways]]
+    first = (tmp_path / "rows" / "a.jsonl").read_text("utf-8").splitlines()[0]
+    assert ways.keys().isdisjoint(json.loads(first))
+    with pytest.raises(InputError, match="with block verification"):
+        asked = [System("speculative", 0.4, 3, verification="block")]
+        run_module.run(fake, asked, sentences.utterances(1, fake.names), tmp_path, "a")
+
+
 def test_kinds_of_tokens_by_their_sound(fake):
     take = fake.speak(TWO_PIECES)
     first, second = (len(sentence.tokens) for sentence in take.sentences)

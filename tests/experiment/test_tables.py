@@ -1,10 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from made_rows import geometric, row, three_systems
+from made_rows import geometric, row, ssd, three_systems
 
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import report, tables
+from ssd_repro.experiment import paper, report, tables
 
 
 def rows():
@@ -27,6 +27,21 @@ def test_the_papers_numbers_stand_beside_the_papers_setting_alone():
     assert np.isnan(tables.table1(other).loc["SSD"]["paper speed-up"])
     assert "paper speed-up" not in tables.table3(other).iloc[1:].dropna(axis=1)
     assert list(report.EXHIBITS["table1_paper"].table(other).paper)[4:] == ["–"] * 4
+
+
+def test_ssd_otherwise_than_in_the_paper_has_labels_of_its_own_and_none_of_the_papers_numbers():
+    plain = [ssd(i, [[3, 1], [3, 2]]) for i in range(2)]
+    ways = {
+        "SSD, hidden drafter, beta 0.4, L_d 3": {"drafter": "hidden"},
+        "SSD, hidden drafter, beta 0.4, L_d 3, adaptive 0.2": {"drafter": "hidden", "confidence": 0.2},
+        "SSD, paper drafter, beta 0.4, L_d 3, block": {"verification": "block"},
+    }
+    others = [ssd(i, [[3, 1]], **way) for way in ways.values() for i in range(3)]
+    assert list(tables.by_system(pd.DataFrame(plain))) == ["SSD, beta 0.4, L_d 3"]
+    found = tables.by_system(pd.DataFrame(plain + others))
+    assert {label: len(of) for label, of in found.items()} == {"SSD, beta 0.4, L_d 3": 2, **dict.fromkeys(ways, 3)}
+    assert [label for label, of in found.items() if len(paper.of_setting(of))] == ["SSD, beta 0.4, L_d 3"]
+    assert len(tables.of_method(pd.DataFrame(plain + others), "speculative")) == 2
 
 
 def test_table1_by_hand():

@@ -102,6 +102,9 @@ def test_no_stop_before_the_least_length_and_none_beyond_the_most(voice):
         ({"draft_length": 0}, "0"),
         ({"draft_length": 65}, "65"),
         ({"draft_length": 2.5}, "2.5"),
+        ({"verification": "joint"}, "'joint'"),
+        ({"verification": "block"}, "tolerance is 0.4"),
+        ({"confidence": -1}, "-1"),
         ({"seed": -1}, "-1"),
         ({"text": " "}, "empty"),
     ],
@@ -121,6 +124,16 @@ def test_a_streamed_text_is_the_spoken_one_sample_for_sample_and_begins_early(vo
     np.testing.assert_array_equal(np.concatenate(chunks), said.audio)
     first = len(said.sentences[0].tokens)
     assert counts[0] < first / 2 and sum(n for n in counts if n <= first) < 3 * first  # made anew at most twice
+
+
+def test_jointly_verified_adaptive_drafts_are_spoken_streamed_and_said_of_the_take(voice):
+    how = {"tolerance": 0.0, "draft_length": 4, "drafter": "hidden", "verification": "block", "confidence": 0.2}
+    heard = []
+    take = voice.speak("So am I.", seed=3, on_tokens=heard.extend, **how)
+    np.testing.assert_array_equal(np.concatenate(list(voice.stream("So am I.", seed=3, **how))), take.audio)
+    assert {take.summary()[name] for name in ("verification", "confidence")} == {"block", 0.2}
+    assert tuple(heard) == take.token_ids
+    assert {r.drafted for r in take.sentences[0].rounds} == {0, 1, 2, 3, 4}  # none in the first
 
 
 def test_a_stream_refuses_bad_settings_at_once_and_has_no_sound_where_none_is(voice):
