@@ -7,10 +7,10 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from time import monotonic
 
 from ..errors import InputError
 from ..files import locked, source_tree
@@ -183,9 +183,9 @@ def execute_all(given: dict[Path, dict], out: Path) -> int:
     took, codes, count = [], [], len(given)
     for number, (path, values) in enumerate(given.items(), 1):
         _log(f"[{number}/{count}] {path.stem} -> {out / path.name}")
-        began = time.monotonic()
+        began = monotonic()
         codes.append(execute(path, out, values))
-        took.append(time.monotonic() - began)
+        took.append(monotonic() - began)
         if left := count - number:
             _log(
                 f"  {duration(took[-1])}; about {duration(sum(took) / number * left)} left, if the others take as long"

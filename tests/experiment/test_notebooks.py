@@ -190,7 +190,7 @@ def test_what_no_notebook_has_or_the_profile_leaves_open_is_an_error():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A folder with out/: both notebooks 00 by the command and 04 by papermill alone, in kernels with the fake voice."""
+    """A folder with out/: both 00 by the command and 04 by papermill alone, in kernels with the fake voice."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
 from made_rows import geometric, three_systems
-
-from xml.etree import ElementTree
 
 from ssd_repro import cli, files
 from ssd_repro.errors import InputError
