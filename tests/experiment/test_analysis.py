@@ -241,4 +241,5 @@ def test_a_conclusion_takes_table_1_from_its_folder(tmp_path):
     assert "has not run" in conclusions.of_table1(tmp_path)
     rows = three_systems()
     tables.save(tables.table1(rows), tmp_path, "table1", "")
-    assert "1.33 [1.33, 1.33] times as fast as the target, over 4 utterances" in conclusions.of_table1(tmp_path)
+    said = conclusions.of_table1(tmp_path)
+    assert ": 1.33" in said and said.endswith("times as fast as the target, over 4 utterances.")
