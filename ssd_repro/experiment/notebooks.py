@@ -216,7 +216,7 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
     running, failed, done = (out / f"{source.stem}.{end}" for end in ("running.ipynb", "failed.ipynb", "ipynb"))
     try:
         # a kernel that is asked to end while it decodes would print tracebacks
-        kernel = {"kernel_name": "python3", "language": "python", "shutdown_kernel": "immediate"}
+        kernel = {"kernel_name": "python3", "language": "python", "shutdown_kernel": "immediate", "start_timeout": 600}
         quiet = {"stderr_file": sys.stderr, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
         papermill.execute_notebook(str(source), str(running), parameters, **kernel, **quiet)
     except papermill.PapermillExecutionError as error:
