@@ -243,7 +243,7 @@ def test_notebooks_make_results_and_no_row_twice(here, fake, results):
         *(f"figures/algorithm.{end}" for end in ("png", "svg")),
     }
     made = sum(len(files.read_rows(path)) for path in (out / "rows").glob("[ltd]*.jsonl"))
-    assert made == 3 + 2 * (3 + 1 + 1 + 1)  # listen; then AR, draft, SSD; beta 0; L_d 1; a temperature: each once
+    assert made == 3 + 2 * (3 + 1 + 1)  # listen; then AR, draft, SSD; beta 0; L_d 1: each once
     about = json.loads((out / "provenance.json").read_text())
     assert set(about) == {path.stem for path in RESULTS} - {"00_algorithm"}  # which has no rows
     assert about["01_table1"]["parameters"]["sentences"] == 2 and about["01_table1"]["profile"] == "quick"
@@ -263,7 +263,7 @@ def test_a_notebook_decodes_the_systems_that_its_cell_names(here, fake):
     assert about["keys"] == list(rows.key)
 
 
-def test_bad_input_is_an_error_of_the_setup_cell(here):
+def test_bad_input_is_an_error_before_anything_is_decoded(here):
     with pytest.raises(InputError, match="'nobody'"):
         here(0, voice="nobody")
 
