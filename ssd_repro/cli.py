@@ -50,7 +50,7 @@ _parse = {int: _number(int, "a whole number"), float: _number(float, "a number")
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    names = "speak|run|report|bench|listening-test|tokenise|train-draft"
+    names = "speak|run|report|samples|bench|listening-test|tokenise|train-draft"
     commands = top.add_subparsers(dest="command", required=True, metavar=names)
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
@@ -79,7 +79,9 @@ def parser() -> Parser:
     run.set_defaults(function=run_run)
     run.format_help = lambda: _help_of_run(run)
 
-    report = commands.add_parser("report", help="make the tables and figures of results/<profile>/ from its rows again")
+    report = commands.add_parser(
+        "report", help="make the tables, figures and index.html of results/<profile>/ from its rows"
+    )
     report.add("--profile", "quick", "names the results folder")
     report.add("--out", "", "results folder; default results/<profile>")
     report.add(
@@ -89,6 +91,12 @@ def parser() -> Parser:
         Path,
     )
     report.set_defaults(function=run_report)
+
+    samples = commands.add_parser("samples", help="make the sound samples of the results page from the rows' tokens")
+    samples.add("--profile", "quick", "names the results folder")
+    samples.add("--out", "", "results folder; default results/<profile>")
+    samples.add("--sentences", 8, "how many, from 1 to 100; chosen by a rule, not by hand")
+    samples.set_defaults(function=run_samples)
 
     bench = commands.add_parser("bench", help="time our decoding beside transformers' on the same weights")
     bench.add("--utterances", 30, "how many; the same command goes on where a killed one was")
@@ -179,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"ssd-repro: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "" if options.command in ("speak", "report") else "; the same command goes on where it was"
+        goes_on = "" if options.command in ("speak", "report", "samples") else "; the same command goes on where it was"
         print(f"\nssd-repro: interrupted{goes_on}", file=sys.stderr)  # below a progress bar
         return 130
 
@@ -239,21 +247,39 @@ def _make_rows(parameters: dict[str, dict]) -> None:
     make_rows(parameters)
 
 
-def run_report(options) -> int:
-    from .experiment import report
-    from .experiment.notebooks import COMMITTED
+def _with_provenance(options) -> Path:
+    """The results folder that --out or --profile names; InputError if nothing has run into it."""
     from .experiment.provenance import results_folder
 
-    folder, pages = results_folder(options.out, options.profile), [options.readme] if options.readme else []
+    folder = results_folder(options.out, options.profile)
+    if not (folder / "provenance.json").is_file():
+        raise InputError(f"{folder} holds no provenance.json: run `ssd-repro run --profile {options.profile}` first")
+    return folder
+
+
+def run_report(options) -> int:
+    from .experiment import page, report
+    from .experiment.notebooks import COMMITTED
+
+    folder, pages = _with_provenance(options), [options.readme] if options.readme else []
     if not pages and not options.out and options.profile == COMMITTED and source_tree():
         pages = [source_tree() / "README.md", source_tree() / "results" / "README.md"]
     if missing := [page for page in pages if not page.is_file()]:
         raise InputError(f"--readme {missing[0]} is not a file")
-    if not (folder / "provenance.json").is_file():
-        raise InputError(f"{folder} holds no provenance.json: run `ssd-repro run --profile {options.profile}` first")
     with locked(folder / ".run.lock"):
         made = report.report(folder, pages)
-    print(f"{folder}: {', '.join(made)}")
+        page.write(folder)
+    print(f"{folder}: {', '.join([*made, page.NAME])}")
+    return 0
+
+
+def run_samples(options) -> int:
+    from .experiment import samples
+
+    folder = _with_provenance(options)
+    with redirect_stdout(sys.stderr), locked(folder / ".run.lock"):
+        made = samples.make(folder, options.sentences)
+    print(f"{folder / 'samples'}: {len(made['samples'])} sounds; `ssd-repro report` puts them into the page")
     return 0
 
 

@@ -29,6 +29,7 @@ class DecodeConfig:
     banned_ids    None: all stop_ids
     draft_length  L_d, the paper's 3
     tolerance     beta of Eq. 5, the paper's 0.4; 0 keeps the target's distribution
+    rule          a ``Rule`` that judges in place of Tolerance(tolerance), such as those of ``rules.py``
     """
 
     sampler: Sampler | Law = field(default_factory=Sampler)
@@ -38,6 +39,7 @@ class DecodeConfig:
     banned_ids: tuple[int, ...] | None = None
     draft_length: int = 3
     tolerance: float = 0.4
+    rule: object | None = None
 
     def __post_init__(self):
         if not (isinstance(self.sampler, Sampler) or callable(self.sampler)):
@@ -52,6 +54,8 @@ class DecodeConfig:
                 check_number(f"a token of {name}", token, 0, 10_000_000, whole=True)
         check_number("draft_length", self.draft_length, 1, 64, whole=True)
         check_number("tolerance", self.tolerance, 0.0, 1.0)
+        if self.rule is not None and not (hasattr(self.rule, "accept") and hasattr(self.rule, "residual")):
+            raise InputError(f"rule is {self.rule!r}; it must have the methods accept and residual of a Rule.")
 
     @property
     def banned(self) -> tuple[int, ...]:

@@ -259,7 +259,7 @@ def _judge(
     -> accepted count n, drafted tokens, new tokens (n accepted + 1); the tape holds the new
     ones. NumericsError if p (L, V) or q (L+1, V) holds a NaN.
     """
-    accepted, added = verify(p, q, drafted, Tolerance(config.tolerance), generator)
+    accepted, added = verify(p, q, drafted, config.rule or Tolerance(config.tolerance), generator)
     broken = (p.sum() + q.sum()).isnan()  # NaN rows of logits stay NaN rows
     report = torch.cat((torch.stack((broken, accepted, added)), drafted))
     broken, n, token, *proposal = report.tolist()

@@ -15,7 +15,7 @@ from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
-from . import acceptance, cost, figures, speed, statistics, tables
+from . import acceptance, cost, figures, front, price, speed, statistics, tables
 from .provenance import all_provenance, relative
 from .rows import SILENCE_DB, busy, count_empty, rows_of_folder, to_frame
 
@@ -73,6 +73,15 @@ LENGTHS = (
     "One utterance that is not let stop, prefill included, and what the process (on a GPU: torch) had grown by; cache: "
     "computed. Floor: bytes of weights and cache of a target step over the machine's GB/s."
 )
+PRICE = (
+    "Means over all places where the loop drafts, along what the target says by itself. Acceptance: of a draft, "
+    "expected; TV: total variation between what the rule then says and the target, 0 to 1; bound: max(0, "
+    "acceptance - sum min(p, q)), below which no rule comes; excess: TV less the bound; target cannot say: the "
+    "probability of tokens that the target's own sampling excludes there. matched: normalize(max(0, q - p a)) after a "
+    f"rejection. {INTERVALS}"
+)
+EQUAL = f"Parameter, TV and excess are interpolated between two points of a rule's grid. {PRICE}"
+HEARD = f"more WER: points above the target without a draft, paired. Acceptance: accepted / drafted. {TABLE}"
 TIMELINE = "Every token of the SSD sentence; figure: the paper's Figure 2."
 
 
@@ -169,6 +178,7 @@ def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **setti
 _ACCEPTANCE = {"shape": (2, 4), "size": (12, 5.6), "readable": tables.readable_acceptance, "at_setting": True}
 _ACCEPTED = ["accepted / drafted tokens", "tokens per target call", tables.SPEEDUP]
 _PRICES = {"shape": (1, 2), "size": (11, 4), "readable": speed.readable_prices}
+PRICED = "09_price_of_tolerance"
 _WER = {"WER %": "WER, points"}
 _QUALITY = {**_WER, "NMOS": "P808 (NMOS)", "SS": "SS"}
 EXHIBITS = {
@@ -199,6 +209,9 @@ EXHIBITS = {
     "growth_size": Exhibit("08_growth", speed.over_sizes, _predicted, speed.draw_sizes, **_PRICES),
     "growth_setting": Exhibit("08_growth", speed.over_settings, PRICES, speed.draw_settings, **_PRICES),
     "growth_length": Exhibit("08_growth", speed.over_lengths, LENGTHS, speed.draw_lengths, (1, 2), (11, 4)),
+    "price": Exhibit(PRICED, price.frontier, PRICE, price.draw, (1, 2), (12, 5), price.readable),
+    "price_equal": Exhibit(PRICED, price.at_equal_acceptance, EQUAL, readable=price.readable, at_setting=True),
+    "price_heard": Exhibit(PRICED, price.heard, HEARD),
 }
 
 
@@ -263,7 +276,7 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
             if f"<!-- {name} -->" in text:
                 texts[page] = put_between(text, name, shown.data)
     for page, text in texts.items():
-        write_text(page, CELL.sub(partial(_cell, root=page.parent), text))
+        write_text(page, front.renew(CELL.sub(partial(_cell, root=page.parent), text), folder))
     return ran
 
 

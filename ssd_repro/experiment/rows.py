@@ -90,7 +90,7 @@ def count_empty(rows: pd.DataFrame) -> int:
 
 def row_settings(system: System, utterance: Utterance, context: dict, models: dict) -> dict:
     """What a row is of, under its key, which of a scored row begins with that of the same decoding unscored."""
-    decoding = {**asdict(system), **asdict(utterance), **context}
+    decoding = {**system.settings(), **asdict(utterance), **context}
     unscored = key(decoding | {"scored": False})
     if not system.scored:
         return {"key": unscored, **decoding}

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..decoding import rules
 from ..processes import process
 from ..speech import load
 from ..speech.sentences import Utterance
 from ..speech.voice import Voice
-from . import bench, growth, provenance, run
+from . import bench, growth, price, provenance, run
 from .cost import Geometry
 from .notebooks import progress
 from .systems import AUTOREGRESSIVE, System, grid
@@ -38,6 +39,14 @@ def _one_setting_at_a_time(p: dict) -> list[System]:
     return grid(p["tolerances"], lengths, temperatures, p["tolerance"], p["draft_length"], scored=False)
 
 
+def _heard(p: dict) -> list[System]:
+    """The target, and SSD by each rule that is to be heard: the paper's by its tolerance, as in other notebooks."""
+    betas = {name: rules.named(name, None).beta for name in p["heard"] if name.startswith("paper")}
+    ssd = [System("speculative", betas.get(name), p["draft_length"]) for name in p["heard"]]
+    ssd = [s if name in betas else replace(s, rule=name) for name, s in zip(p["heard"], ssd, strict=True)]
+    return [replace(AUTOREGRESSIVE, scored=bool(ssd)), *ssd]
+
+
 DRAFT_LENGTHS = {"hidden": 2}  # of 1 to 4 the best by theory, with the acceptance of its training log (results/voice)
 # notebook -> (name of its rows file, its parameters -> the systems that it compares)
 STUDIES = {
@@ -50,6 +59,7 @@ STUDIES = {
     "06_theory": ("theory", _one_setting_at_a_time),
     "07_bench": ("bench", lambda p: []),  # its own: Study.compare
     "08_growth": ("acceptance", lambda p: grid((), [p["draft_length"]], (), p["tolerance"], scored=False)),
+    "09_price_of_tolerance": ("price", _heard),
 }
 
 
@@ -84,6 +94,13 @@ class Study:
         names = ("tolerance", "draft_length", "repeats", "longest", "compile")
         how = {name: self.parameters[name] for name in names}
         return self._recorded(bench.measure(self.voice, self.utterances, self.folder, **how, progress=progress))
+
+    def price(self, systems: list[System]) -> tuple[pd.DataFrame, dict]:
+        """The rows of ``decode``, and ``price.prices`` along what the target said, made in this process alone."""
+        rows, _ = self.decode(systems)
+        spoken, names = rows[rows.method == "autoregressive"], price.rules_of(self.parameters)
+        priced = price.prices(self.voice, spoken, names, self.folder, progress=progress)
+        return self._recorded(pd.concat([rows, priced], ignore_index=True))
 
     def grow(self) -> tuple[pd.DataFrame, dict]:
         """The rows of ``decode``, and those of ``growth``, made in this process alone."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+LATER = ("rule",)  # fields of System that came after rows had been published
+
 
 @dataclass(frozen=True)
 class System:
     """One way of decoding, and whether its sound is scored.
 
-    tolerance, draft_length, drafter (None: the paper's): of the speculative method alone. temperature: of draft and
+    tolerance, draft_length, drafter (None: the paper's), rule (of
+    ``decoding.rules``, in place of the tolerance): of the speculative method alone. temperature: of draft and
     target; None is the voice's own.
     """
 
@@ -19,10 +22,15 @@ class System:
     temperature: float | None = None
     drafter: str | None = None
     scored: bool = True
+    rule: str | None = None
 
     def arguments(self) -> dict:
         """Of ``voice.speak``; what is not set is left to its defaults."""
         return {k: v for k, v in asdict(self).items() if v is not None and k != "scored"}
+
+    def settings(self) -> dict:
+        """Of a row: all fields, but for a later one that is not set, so that older rows keep their keys."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in LATER}
 
     @property
     def is_baseline(self) -> bool:

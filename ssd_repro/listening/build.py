@@ -19,16 +19,15 @@ import pandas as pd
 from ..errors import InputError
 from ..experiment import report, tables
 from ..experiment.provenance import all_provenance
+from ..experiment.samples import SAME, sound, voice_of
 from ..experiment.studies import STUDIES
 from ..files import write_bytes, write_text
-from ..speech import load
 from . import FORMAT, need
 from .design import PARTS, Clip, choose, trials
 from .power import Plan
 
 LEVEL, PEAK = -23.0, 0.98  # LUFS of every clip, less if one of them would pass the peak
 SHORTEST = 0.5  # seconds; loudness is measured over 0.4
-SAME = ["text_id", "voice", "seed"]
 RUN = "run `ssd-repro run --profile {} --only 01 02` first"
 
 
@@ -42,7 +41,7 @@ def build(folder: Path, out: Path, profile: str, count: int = 24, seed: int = 0)
     chosen = choose(voices, count, len(systems))
     names = list(systems)
     design = trials([voices[i] for i in chosen], names, (names[0], names[2]), seed)
-    voice = _voice(about, rows)
+    voice = voice_of(about)
     sounds = {}
     for clip in dict.fromkeys(clip for trial in design for clip in trial.clips):
         name, u = clip
@@ -103,29 +102,6 @@ def _spoken_by_all(systems: dict[str, pd.DataFrame]) -> tuple[list[tuple], int]:
     common = [index for index in first.index if all(index in ours.index for ours in rest)]
     heard = [i for i in common if all(ours.loc[i].audio_seconds >= SHORTEST for ours in systems.values())]
     return heard, len(common) - len(heard)
-
-
-def _voice(about: dict, rows: pd.DataFrame):
-    given = {name: about["parameters"].get(name, "") for name in ("draft", "data", "front_end")}
-    given["front_end"] = given["front_end"] or "upstream"
-    voice = load.load(about["parameters"].get("weights") or None, runtime="eager", **given)
-    if voice.weights_id != about["weights"]:
-        raise InputError(
-            f"the rows are of voice {about['weights']}, but the loaded one is {voice.weights_id}: make its rows "
-            f"with `ssd-repro run --profile {about['profile']} --only 01 02`"
-        )
-    if not voice.audible:
-        raise InputError("the rows are of front_end tokens, which makes no sound: nothing can be listened to")
-    return voice
-
-
-def sound(voice, row) -> np.ndarray:
-    """What ``Voice.speak`` gave for this row, from its tokens -> float32 (samples,) at the voice's rate."""
-    ends = np.cumsum(row["pieces"])
-    pieces = [row["token_ids"][end - n : end] for n, end in zip(row["pieces"], ends, strict=True) if n]
-    gap = np.zeros(int(row["gap_seconds"] * voice.sample_rate), np.float32)
-    parts = [part for piece in pieces for part in (gap, voice.vocode(tuple(piece), row["voice"]))]
-    return np.concatenate(parts[1:])
 
 
 def _levelled(sounds: dict[Clip, np.ndarray], rate: int) -> tuple[dict[Clip, tuple[str, bytes]], float]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..decoding import rules
 from ..decoding.drafters import LanguageModel
 from ..decoding.result import PHASES, Clock, DecodeConfig, DecodeResult
 from ..decoding.sampling import Sampler
@@ -79,7 +80,7 @@ class Voice:
         self.front, self.target, self.draft, self.models = front, target, draft, models or (target, draft)
         self.drafters = {"paper": self.models[1], **(drafters or {})}
         self.device, self.weights_id = torch.device(device), weights_id
-        self.precision, self.runtime, self.threads = precision, runtime, threads
+        self.precision, self.runtime, self.threads, self._rules = precision, runtime, threads, {}
         self.front_end, self.names, self.sampler = front.name, front.names, front.sampler
         self.audible, self.sample_rate, self.gap_seconds = front.audible, front.sample_rate, front.gap_seconds
         self.vocode, self.reference, self.utterances = front.vocode, front.reference, front.utterances
@@ -94,6 +95,7 @@ class Voice:
         seed=0,
         temperature=None,
         drafter="paper",
+        rule=None,
     ) -> str:
         """Check every setting before any work -> the text, white space folded. Raises InputError."""
         if method not in METHODS:
@@ -104,12 +106,19 @@ class Voice:
         if drafter not in self.drafters:
             raise InputError(f"drafter {drafter!r} is not one of this voice's: choose {' or '.join(self.drafters)}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
-        self.config(1, tolerance, draft_length, **self._sampling(temperature))
+        self.config(1, tolerance, draft_length, **self._sampling(temperature, rule))
         return check_text(text)
 
-    def _sampling(self, temperature: float | None) -> dict:
-        """What ``config`` gets for another sampling temperature than the voice's own (None)."""
-        return {} if temperature is None else {"sampler": replace(self.sampler, temperature=temperature)}
+    def _sampling(self, temperature: float | None, rule: str | None = None) -> dict:
+        """What ``config`` gets for another sampling temperature than the voice's own (None), or another rule."""
+        heat = {} if temperature is None else {"sampler": replace(self.sampler, temperature=temperature)}
+        return heat if rule is None else heat | {"rule": self.rule(rule)}
+
+    def rule(self, name: str) -> rules.ByToken:
+        """An acceptance rule by its name, such as "matched:0.4"; each is made once. InputError for another name."""
+        if name not in self._rules:
+            self._rules[name] = rules.named(name, self.target.speech_embedding.weight)
+        return self._rules[name]
 
     def config(self, text_tokens: int, tolerance: float, draft_length: int, **other) -> DecodeConfig:
         """Decoding settings for a piece of ``text_tokens`` tokens; ``other`` fields win."""
@@ -133,14 +142,15 @@ class Voice:
         on_tokens: Callable[[list[int]], None] | None = None,
         temperature: float | None = None,
         drafter: str = "paper",
+        rule: str | None = None,
     ) -> Take:
         """Speak ``text``; long text piece by piece. The same seed and settings give the same tokens.
 
         ``drafter`` proposes for the speculative method: the paper's draft, or another of ``drafters``. ``on_tokens``
         is called with new speech tokens as they are accepted; ``temperature`` is that of draft and target, the
-        voice's own by default. Raises InputError.
+        voice's own by default; ``rule``, of ``decoding.rules``, judges in place of the tolerance. Raises InputError.
         """
-        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter)
+        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter, rule)
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
         pieces = self.front.pieces(text, voice)
@@ -148,7 +158,7 @@ class Voice:
         results, audio, gap = [], [], np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
         for piece in pieces:
             settings = (method, voice, tolerance, draft_length, generator, on_tokens, drafter)
-            result = self.decode(piece, *settings, **self._sampling(temperature))
+            result = self.decode(piece, *settings, **self._sampling(temperature, rule))
             results.append(result)
             began = time.perf_counter()
             if result.tokens:

@@ -64,7 +64,7 @@ class Target:
 
     def described(self) -> dict:
         """``decoding`` for JSON: its lengths for 100 text tokens."""
-        return asdict(self.config(100))
+        return {name: value for name, value in asdict(self.config(100)).items() if name != "rule"}  # of drafts
 
     @torch.no_grad()
     def collate(self, examples: list[Example]):

@@ -1,0 +1,97 @@
+"""README's first screen, made from the tables of one results folder: what was measured, four to five rows, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import InputError
+from . import paper, tables
+
+BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
+BETA = 0.4  # of the paper's Table 1
+
+
+def renew(text: str, folder: Path) -> str:
+    """A page with its three paragraphs anew. InputError if it lacks one.
+
+    A page that has none of them, and a folder whose Table 1 or theory is missing, change nothing.
+    """
+    files = [Path(folder) / "tables" / f"{name}.csv" for name in ("table1", "theory")]
+    if not any(begin in text for begin in BEGINS) or not all(file.is_file() for file in files):
+        return text
+    table, theory = (pd.read_csv(file) for file in files)
+    paragraphs = text.split("\n\n")
+    for begin, made in zip(BEGINS, made_of(table.set_index("system"), theory), strict=True):
+        places = [i for i, paragraph in enumerate(paragraphs) if paragraph.startswith(begin)]
+        if len(places) != 1:
+            raise InputError(f"the page has {len(places)} paragraphs that begin with {begin!r}; it must have one")
+        paragraphs[places[0]] = made
+    return "\n\n".join(paragraphs)
+
+
+def made_of(table: pd.DataFrame, theory: pd.DataFrame) -> tuple[str, str, str]:
+    """table: Table 1 by system; theory: the table of that name -> the three paragraphs."""
+    lossless, tolerant = (_fastest(table, f"beta {beta:g}, ") for beta in (0, BETA))
+    rows = {
+        "target alone (autoregressive)": (table.loc["Autoregressive"], paper.NUMBERS.loc["autoregressive"]),
+        "draft alone": (table.loc["Draft"], paper.NUMBERS.loc["draft"]),
+        f"SSD, beta {BETA:g}, the paper's recipe": (table.loc["SSD"], paper.NUMBERS.loc[BETA]),
+    }
+    if lossless is not None:
+        rows[lossless.name] = (lossless, paper.NUMBERS.loc[0.0])
+    if tolerant is not None:
+        rows[tolerant.name] = (tolerant, None)
+    return _claim(table, lossless), _table(rows), _why(table.loc["SSD"], theory)
+
+
+def _fastest(table: pd.DataFrame, setting: str) -> pd.Series | None:
+    """Of the systems with a drafter beyond the paper's at this setting, if there are any."""
+    some = table[[setting in f"{name}, " for name in table.index]]
+    return None if some.empty else some.loc[some["speed-up"].idxmax()]
+
+
+def _speedup(row: pd.Series) -> str:
+    return tables.number(row["speed-up"], 2, row["speed-up_low"], row["speed-up_high"])
+
+
+def _claim(table: pd.DataFrame, lossless: pd.Series | None) -> str:
+    ssd, alone, theirs = table.loc["SSD"], table.loc["Autoregressive"], paper.NUMBERS["speed-up"]
+    said = (
+        f"{BEGINS[0]} with the paper's recipe at beta {BETA:g} speech is made {_speedup(ssd)} times as fast as by the "
+        f"target alone (the paper: {theirs[BETA]:.2f}), and its word error rate goes from {alone['WER %']:.1f} to "
+        f"{ssd['WER %']:.1f} %."
+    )
+    if lossless is None:
+        return said
+    return (
+        f"{said} Without any loss (beta 0: exactly the target's distribution) the best drafter here makes it "
+        f"{_speedup(lossless)} times as fast (the paper: {theirs[0.0]:.2f})."
+    )
+
+
+def _table(rows: dict[str, tuple[pd.Series, pd.Series | None]]) -> str:
+    lines = [f"{BEGINS[1]} speed-up, here | WER %, paper | speed-up, paper |", "| --- | --: | --: | --: | --: |"]
+    for name, (ours, theirs) in rows.items():
+        wer, gain = ("–", "–") if theirs is None else (f"{theirs['WER %']:.1f}", f"{theirs['speed-up']:.2f}")
+        here, gain = ("1", "1") if ours.name == "Autoregressive" else (_speedup(ours), gain)
+        lines.append(f"| {name} | {ours['WER %']:.1f} | {here} | {wer} | {gain} |")
+    return "\n".join(lines)
+
+
+def _why(ssd: pd.Series, theory: pd.DataFrame) -> str:
+    at = theory[(theory.beta == BETA) & (theory.L_d == paper.LENGTH)]
+    said = (
+        f"{BEGINS[2]} the speed-up is (tokens per target call) / (L_d c + V), where c is the price of a draft step and "
+        "V that of a verification, both in steps of the target."
+    )
+    if len(at) != 1:
+        return said
+    at, tokens = at.iloc[0], ssd["tokens per target call"]
+    c, v = at["draft / target step"], at["verification / target step"]
+    return (
+        f"{said} Here a target call gives {tokens:.2f} tokens, c is {c:.2f} and V {v:.2f}: {tokens:.2f} / "
+        f"({paper.LENGTH} x {c:.2f} + {v:.2f}) = {tokens / (paper.LENGTH * c + v):.2f}, and reading the text first "
+        f"(both models' prefill, which no draft shortens) is {at['prefill %']:.0f} % of SSD's time."
+    )

@@ -1,0 +1,64 @@
+"""README's first screen: three paragraphs that follow the tables."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ssd_repro.errors import InputError
+from ssd_repro.experiment import front
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "results" / "deep"
+PAGE = "top\n\n**Measured:** old\n\n| | WER %, here | old\n\n**Why:** old\n\nend\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the committed tables, to be changed."""
+    (tmp_path / "tables").mkdir()
+    for name in ("table1.csv", "theory.csv"):
+        (tmp_path / "tables" / name).write_bytes((COMMITTED / "tables" / name).read_bytes())
+    return tmp_path
+
+
+def change(path: Path, system: str, **values) -> None:
+    table = pd.read_csv(path).set_index("system")
+    for name, value in values.items():
+        table.loc[system, name] = value
+    table.to_csv(path)
+
+
+def test_readme_says_what_the_committed_tables_say():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert front.renew(text, COMMITTED) == text
+
+
+def test_numbers_follow_the_tables(folder):
+    change(folder / "tables" / "table1.csv", "SSD", **{"speed-up": 1.777, "WER %": 33.3, "tokens per target call": 3.5})
+    made = front.renew(PAGE, folder)
+    assert "old" not in made and made.startswith("top\n\n**Measured:** with") and made.endswith("\n\nend\n")
+    claim, table, why = (next(p for p in made.split("\n\n") if p.startswith(begin)) for begin in front.BEGINS)
+    assert "1.78 [" in claim and "33.3 %" in claim and "gives 3.50 tokens" in why
+    row = next(line for line in table.splitlines() if line.startswith("| SSD, beta 0.4, the paper's recipe |"))
+    assert row.startswith("| SSD, beta 0.4, the paper's recipe | 33.3 | 1.78 [") and row.endswith("| 5.7 | 1.40 |")
+
+
+def test_the_fastest_lossless_drafter_is_shown(folder):
+    path = folder / "tables" / "table1.csv"
+    table = pd.read_csv(path)
+    lossless = table[table.system.str.contains("beta 0,")].iloc[0]
+    extra = {**lossless, "system": "SSD, other drafter, beta 0, L_d 1", "speed-up": 3.0}
+    pd.concat([table, pd.DataFrame([extra])]).to_csv(path, index=False)
+    made = front.renew(PAGE, folder)
+    assert "| SSD, other drafter, beta 0, L_d 1 |" in made and lossless.system not in made
+    table[~table.system.str.contains("drafter")].to_csv(path, index=False)
+    assert "beta 0" not in front.renew(PAGE, folder).replace("beta 0.4", "")
+
+
+def test_a_page_without_a_paragraph_is_refused_and_others_stay(folder, tmp_path):
+    with pytest.raises(InputError, match="0 paragraphs that begin with"):
+        front.renew(PAGE.replace("**Why:** old\n\n", ""), folder)
+    assert front.renew("another page\n", folder) == "another page\n"
+    (folder / "tables" / "theory.csv").unlink()
+    assert front.renew(PAGE, folder) == PAGE
