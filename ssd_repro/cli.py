@@ -175,8 +175,8 @@ def _help_of_run(run: Parser) -> str:
     from .experiment import notebooks
 
     listed = [*notebooks.all_notebooks(), *notebooks.all_profiles()]
-    lines = [f"  {path.name:<22} {notebooks.first_line(path)}\n" for path in listed]
-    return Parser.format_help(run) + "\nnotebooks (from 10 on with --only alone) and profiles:\n" + "".join(lines)
+    lines = [f"  {path.stem:<20} {notebooks.first_line(path)}\n" for path in listed]
+    return Parser.format_help(run) + "\nnotebooks (from 10 on with --only alone), then profiles:\n" + "".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -223,6 +223,34 @@ def test_a_notebook_that_fails_is_named_and_kept_until_it_is_repaired(books, cap
     assert names == ["00_good.ipynb", "01_bad.ipynb", "02_refuses.failed.ipynb"]
 
 
+def test_a_run_says_how_far_it_is_and_at_last_what_was_made(books, capsys, monkeypatch):
+    folder, out = books
+    clock = iter([0, 60, 100, 130, 200, 210])
+    monkeypatch.setattr(notebooks, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(notebooks, "execute", lambda path, *_: path.stem == "01_bad")
+    for name in ("00_a", "01_bad", "02_c"):
+        notebook(folder / f"{name}.ipynb")
+    (out / "tables").mkdir(parents=True)
+    for end in ("csv", "md"):
+        (out / "tables" / f"one.{end}").write_text("")
+    code, _, stderr = call(capsys, "run", "--out", out)
+    begun = [line for line in stderr.splitlines() if line.startswith("[")]
+    assert code == 1 and begun[2] == f"[3/3] 02_c -> {out / '02_c.ipynb'}"
+    assert "  1 min 00 s; about 2 min 00 s left" in stderr and "  30 s; about 45 s left" in stderr
+    *_, total, first, second, third = stderr.splitlines()
+    assert total == f"{out}: 2 of 3 notebooks in 1 min 40 s; the folder holds 1 tables and 0 figures"
+    assert [line.split()[:2] for line in (first, second, third)] == [
+        ["00_a", "1"],
+        ["01_bad.failed", "30"],
+        ["02_c", "10"],
+    ]
+
+
+def test_durations_are_words():
+    said = [notebooks.duration(seconds) for seconds in (0.4, 59.4, 61, 3600, 3720)]
+    assert said == ["0 s", "59 s", "1 min 01 s", "1 h 00 min", "1 h 02 min"]
+
+
 def test_training_notebooks_run_only_when_asked_for(books):
     folder, _ = books
     for name in ("00_a", "01_b", "10_train"):
@@ -234,6 +262,8 @@ def test_training_notebooks_run_only_when_asked_for(books):
     assert names([]) == ["00_a", "01_b"]
     assert names(["10"]) == names(["10_train"]) == ["10_train"]
     assert names(["01", "00_a.ipynb"]) == ["00_a", "01_b"]
+    notebook(folder / "00_z.ipynb")
+    assert names(["00"]) == ["00_a", "00_z"]
     with pytest.raises(InputError, match="'b'"):
         names(["b"])
 
@@ -257,7 +287,7 @@ def test_run_help_lists_notebooks_and_profiles(books, capsys):
     notebook(folder / "00_good.ipynb")
     (folder / "profiles" / "quick.yaml").write_text("# Few sentences.\nseed: 1\n")
     code, stdout, _ = call(capsys, "run", "--help")
-    assert code == 0 and "00_good.ipynb" in stdout and "quick.yaml" in stdout and "Few sentences." in stdout
+    assert code == 0 and "00_good" in stdout and "quick" in stdout and "Few sentences." in stdout
 
 
 def test_two_runs_into_one_folder(books, capsys):

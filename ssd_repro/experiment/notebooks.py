@@ -7,9 +7,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from time import monotonic
 
 from ..errors import InputError
 from ..files import locked, source_tree
@@ -61,6 +62,18 @@ def declared(path: Path) -> dict[str, dict]:
 
 def declared_anywhere() -> set[str]:
     return {name for path in all_notebooks() for name in declared(path)}
+
+
+def one_line(text: str) -> None:
+    """Print over what was printed before: a training's log in a notebook."""
+    print(f"\r{text:<160}", end="", flush=True)
+
+
+def progress(items: Iterable, **options) -> Iterable:
+    """tqdm on stdout: on stderr a notebook shows it in red."""
+    from tqdm import tqdm
+
+    return tqdm(items, file=sys.stdout, **options)
 
 
 def check_parameters(namespace: dict) -> dict:
@@ -158,11 +171,42 @@ def run_notebooks(
             else:
                 with launched_group():
                     make_rows(complete)
-        return max(execute(path, folder, values) for path, values in given.items()) if is_first() else 0
+        return execute_all(given, folder) if is_first() else 0
 
 
 def defaults(path: Path) -> dict:
     return {name: ast.literal_eval(parameter["default"]) for name, parameter in declared(path).items()}
+
+
+def execute_all(given: dict[Path, dict], out: Path) -> int:
+    """Execute notebooks (-> their parameters) in turn, say how far it is, and at last what was made -> exit code."""
+    took, codes, count = [], [], len(given)
+    for number, (path, values) in enumerate(given.items(), 1):
+        _log(f"[{number}/{count}] {path.stem} -> {out / path.name}")
+        began = monotonic()
+        codes.append(execute(path, out, values))
+        took.append(monotonic() - began)
+        if left := count - number:
+            _log(
+                f"  {duration(took[-1])}; about {duration(sum(took) / number * left)} left, if the others take as long"
+            )
+    made = {part: len({path.stem for path in (out / part).glob("*.*")}) for part in ("tables", "figures")}
+    _log(f"\n{out}: {count - sum(map(bool, codes))} of {count} notebooks in {duration(sum(took))}; ", end="")
+    _log(f"the folder holds {made['tables']} tables and {made['figures']} figures")
+    for path, seconds, code in zip(given, took, codes, strict=True):
+        _log(f"  {path.stem + ('.failed' if code else ''):<24} {duration(seconds):>12}  {first_line(path)}")
+    return max(codes)
+
+
+def _log(text: str, end: str = "\n") -> None:
+    print(text, file=sys.stderr, end=end, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """To the second, from a minute on in minutes, from an hour on in hours: '2 min 05 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def execute(source: Path, out: Path, parameters: dict) -> int:
@@ -170,16 +214,15 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
     import papermill
 
     running, failed, done = (out / f"{source.stem}.{end}" for end in ("running.ipynb", "failed.ipynb", "ipynb"))
-    print(f"{source.stem} -> {done}", file=sys.stderr)
     try:
         # a kernel that is asked to end while it decodes would print tracebacks
-        kernel = {"kernel_name": "python3", "language": "python", "shutdown_kernel": "immediate"}
+        kernel = {"kernel_name": "python3", "language": "python", "shutdown_kernel": "immediate", "start_timeout": 600}
         quiet = {"stderr_file": sys.stderr, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
         papermill.execute_notebook(str(source), str(running), parameters, **kernel, **quiet)
     except papermill.PapermillExecutionError as error:
         os.replace(running, failed)
         about = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue} (kept as {failed})"
-        print(f"ssd-repro: notebook {source.name} {about}", file=sys.stderr)
+        _log(f"ssd-repro: notebook {source.name} {about}")
         return 2 if error.ename == "InputError" else 1
     except OSError as error:  # papermill saves after each cell
         raise InputError(f"cannot write {running}: {error.strerror or error}; rows and {done.name} are kept") from error

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from ..decoding import rules
 from ..processes import process
@@ -16,6 +15,7 @@ from ..speech.sentences import Utterance
 from ..speech.voice import Voice
 from . import bench, growth, price, provenance, run
 from .cost import Geometry
+from .notebooks import progress
 from .systems import AUTOREGRESSIVE, System, grid
 
 
@@ -81,7 +81,7 @@ class Study:
         """
         p, (rank, world) = self.parameters, process()
         how = {"repeats": 3} | {name: p[name] for name in ("repeats", "whisper", "speaker") if name in p}
-        how["progress"] = partial(tqdm, disable=rank > 0)
+        how["progress"] = partial(progress, disable=rank > 0)
         rows = run.run(self.voice, systems, self.utterances, self.folder, STUDIES[self.notebook][0], **how)
         return (rows, {}) if world > 1 else self._recorded(rows)
 
@@ -93,13 +93,13 @@ class Study:
         """``bench.measure``: our decoding beside transformers'; as ``decode``, in this process alone."""
         names = ("tolerance", "draft_length", "repeats", "longest", "compile")
         how = {name: self.parameters[name] for name in names}
-        return self._recorded(bench.measure(self.voice, self.utterances, self.folder, **how, progress=tqdm))
+        return self._recorded(bench.measure(self.voice, self.utterances, self.folder, **how, progress=progress))
 
     def price(self, systems: list[System]) -> tuple[pd.DataFrame, dict]:
         """The rows of ``decode``, and ``price.prices`` along what the target said, made in this process alone."""
         rows, _ = self.decode(systems)
         spoken, names = rows[rows.method == "autoregressive"], price.rules_of(self.parameters)
-        priced = price.prices(self.voice, spoken, names, self.folder, progress=tqdm)
+        priced = price.prices(self.voice, spoken, names, self.folder, progress=progress)
         return self._recorded(pd.concat([rows, priced], ignore_index=True))
 
     def grow(self) -> tuple[pd.DataFrame, dict]:
@@ -109,9 +109,9 @@ class Study:
             f"{own.layers}x{own.hidden}", p["sizes"], p["thread_counts"], p["draft_lengths"], p["draft_length"]
         )
         spoken = run.run(
-            self.voice, self.systems, self.utterances, self.folder, "acceptance", p["repeats"], progress=tqdm
+            self.voice, self.systems, self.utterances, self.folder, "acceptance", p["repeats"], progress=progress
         )
-        how = {"tolerance": p["tolerance"], "progress": tqdm}
+        how = {"tolerance": p["tolerance"], "progress": progress}
         prices = growth.prices(self.voice, where, self.folder, p["price_tokens"], p["price_repeats"], **how)
         lengths = growth.lengths(self.voice, p["seconds"], self.folder, p["draft_length"], p["seed"], **how)
         return self._recorded(pd.concat([spoken, prices, lengths], ignore_index=True))

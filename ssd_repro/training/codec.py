@@ -191,12 +191,13 @@ def train_codec(
     phone_weight: float = 0.25,
     kept: Codec | None = None,
     config: CodecConfig | None = None,
+    log=print,
 ) -> tuple[CodecTask, list[dict]]:
     """Train codec and phone head together, or for a ``kept`` codec the head -> (task on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
     task = CodecTask(learned, config or CodecConfig(), phone_weight, kept)
     facts = {"phone_weight": phone_weight, "begin": weights_sha256(kept, torch.float32) if kept else ""}
-    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(task.codec.config)})
+    rows = train(task, learned, dev, settings, out, facts | {"config": asdict(task.codec.config)}, log=log)
     return task.cpu(), rows
 
 

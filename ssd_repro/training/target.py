@@ -189,6 +189,7 @@ def train_target(
     options: TargetOptions,
     out: Path,
     begin: SpeechLM | None = None,
+    log=print,
 ) -> tuple[SpeechLM, list[dict]]:
     """``begin``: whose weights to go on from, of these sizes; None: random ones -> (SpeechLM on the CPU, log rows)."""
     torch.manual_seed(settings.seed)
@@ -196,7 +197,7 @@ def train_target(
     if begin:
         task.begin_from(begin)
     facts = asdict(options) | {"begin": weights_sha256(begin, torch.float32) if begin else ""}
-    rows = train(task, learned, dev, settings, out, facts)
+    rows = train(task, learned, dev, settings, out, facts, log=log)
     return task.plain().cpu(), rows
 
 

@@ -6,7 +6,7 @@ import pytest
 from made_rows import geometric, row, ssd, three_systems
 
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import acceptance, statistics, tables, theory
+from ssd_repro.experiment import acceptance, conclusions, statistics, tables, theory
 from ssd_repro.experiment.statistics import Measure
 
 P808 = Measure("P808", "p808", None, 0.1)
@@ -218,3 +218,28 @@ def test_acceptance_that_falls_with_the_position_is_seen():
         lines.append(ssd(i, [[2, int(k)] for k in kept], length=2))
     rates = theory.acceptance_by_position(pd.DataFrame(lines), 2)
     assert rates == pytest.approx([0.9, 0.1], abs=0.02)
+
+
+# Conclusions
+
+
+def test_conclusions_say_what_the_intervals_show():
+    line = {"speed-up": 1.128, "speed-up_low": 1.1, "speed-up_high": 1.15, "WER %": 5.0}
+    assert conclusions.value(line, "speed-up") == "1.13 [1.10, 1.15]" and conclusions.value(line, "WER %") == "5.0"
+    assert conclusions.conclude("It is", "so.").data == "**Conclusion.** It is so."
+    verdicts = {
+        (1.01, 1.2): "faster",
+        (0.8, 0.99): "slower",
+        (0.9, 1.1): "not shown to be faster or slower",
+        (np.nan, np.nan): "not shown to be faster or slower",
+    }
+    for (low, high), verdict in verdicts.items():
+        assert conclusions.faster({"speed-up": 1.0, "speed-up_low": low, "speed-up_high": high}) == verdict
+
+
+def test_a_conclusion_takes_table_1_from_its_folder(tmp_path):
+    assert "has not run" in conclusions.of_table1(tmp_path)
+    rows = three_systems()
+    tables.save(tables.table1(rows), tmp_path, "table1", "")
+    said = conclusions.of_table1(tmp_path)
+    assert ": 1.33" in said and said.endswith("times as fast as the target, over 4 utterances.")

@@ -22,6 +22,7 @@ from ssd_repro.models import checkpoints
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 RESULTS = [path for path in NOTEBOOKS if path.name < notebooks.FIRST_TRAINING]
+BY_NUMBER = {int(path.name[:2]): path for path in RESULTS}  # of the two 00 the second: it needs a voice
 PROFILES = sorted((FOLDER / "profiles").glob("*.yaml"))
 
 
@@ -63,6 +64,25 @@ def test_sources_are_clean(path):
         value = ast.literal_eval(statement.value)  # nothing derived
         assert notebooks.as_declared(statement.target.id, ast.unparse(statement.annotation), value) == value
     assert "notebooks.check_parameters(globals())" in second.source
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_notebook_asks_shows_its_equation_and_concludes_from_numbers(path):
+    cells = nbformat.read(path, as_version=4).cells
+    said = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    title, *rest = said[0].splitlines()
+    assert title.startswith("# ") and cells[0].cell_type == "markdown"
+    assert any("?" in line for line in rest) and "$$" in said[0] and "\\" in said[0].split("$$")[1]
+    assert "Try this" in said[-1] and "`" in said[-1]
+    last = list(ast.walk(ast.parse(code_cells(path)[-1].source)))
+    computed = [node for node in last if isinstance(node, ast.FormattedValue)]
+    assert len(computed) >= 3 or any(isinstance(n, ast.Attribute) and n.attr == "conclusion" for n in last)
+    assert not any(isinstance(node.value, ast.Constant) for node in computed)
+
+
+def test_the_page_of_the_notebooks_names_each_of_them():
+    page = (FOLDER / "README.md").read_text()
+    assert [path.stem for path in NOTEBOOKS if f"({path.name})" not in page] == []
 
 
 def test_papermill_sees_the_same_parameters():
@@ -157,7 +177,7 @@ def test_every_profile_fits_the_command(profile):
 
 
 def test_what_no_notebook_has_or_the_profile_leaves_open_is_an_error():
-    path, paper = RESULTS[1], FOLDER / "profiles" / "paper.yaml"
+    path, paper = BY_NUMBER[1], FOLDER / "profiles" / "paper.yaml"
     with pytest.raises(InputError, match="unknown parameter 'sed': choose one of sentences, "):
         execute(path, {"sed": 1}, cells=3)
     with pytest.raises(InputError, match="seed must be int, got 'one'"):
@@ -171,13 +191,13 @@ def test_what_no_notebook_has_or_the_profile_leaves_open_is_an_error():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A folder with out/: notebook 00 by the command and 04 by papermill alone, in kernels with the fake voice."""
+    """A folder with out/: both 00 by the command and 04 by papermill alone, in kernels with the fake voice."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "fake_site"), str(ROOT)]))
         assert cli.main(["run", "--only", "00", "--out", "out"]) == 0
-        command = [sys.executable, "-m", "papermill", str(RESULTS[4]), "out/04_stages.ipynb"]
+        command = [sys.executable, "-m", "papermill", str(BY_NUMBER[4]), "out/04_stages.ipynb"]
         command += ["-f", str(FOLDER / "profiles" / "quick.yaml"), "-p", "out", "out"]
         command += ["-p", "sentences", "2", "-p", "repeats", "1"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -202,7 +222,7 @@ def here(fake, monkeypatch, results):
         "seconds": [1],
         "price_tokens": 8,
     }
-    return lambda number, **other: execute(RESULTS[number], quick | small | other)
+    return lambda number, **other: execute(BY_NUMBER[number], quick | small | other)
 
 
 def test_notebooks_make_results_and_no_row_twice(here, fake, results):
@@ -217,23 +237,24 @@ def test_notebooks_make_results_and_no_row_twice(here, fake, results):
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.suffix != ".lock"}
     exhibits = report.EXHIBITS.items()
     assert names == {
-        *("00_listen.ipynb", "04_stages.ipynb", "provenance.json"),
+        *("00_algorithm.ipynb", "00_listen.ipynb", "04_stages.ipynb", "provenance.json"),
         *(
             f"rows/{name}.jsonl"
             for name in ("listen", "table1", "tolerance", "draft_length", "bench", "growth", "price")
         ),
         *(f"tables/{name}.{end}" for name, _ in exhibits for end in ("csv", "md")),
         *(f"figures/{name}.{end}" for name, e in exhibits if e.draw for end in ("png", "svg")),
+        *(f"figures/algorithm.{end}" for end in ("png", "svg")),
     }
     made = sum(len(files.read_rows(path)) for path in (out / "rows").glob("[ltd]*.jsonl"))
-    assert made == 3 + 2 * (3 + 2 + 2)  # listen; then AR, draft, SSD; beta 0 and 1; L_d 1 and 6: each once
+    assert made == 3 + 2 * (3 + 1 + 1)  # listen; then AR, draft, SSD; beta 0; L_d 1: each once
     about = json.loads((out / "provenance.json").read_text())
-    assert set(about) == {path.stem for path in RESULTS}
+    assert set(about) == {path.stem for path in RESULTS} - {"00_algorithm"}  # which has no rows
     assert about["01_table1"]["parameters"]["sentences"] == 2 and about["01_table1"]["profile"] == "quick"
 
 
 def test_results_name_no_folder_of_this_machine(results):
-    for name in ("00_listen.ipynb", "provenance.json"):
+    for name in ("00_algorithm.ipynb", "00_listen.ipynb", "provenance.json"):
         text = (results / "out" / name).read_text()
         assert str(results) not in text and str(ROOT) not in text and sys.prefix not in text, name
 
@@ -246,7 +267,7 @@ def test_a_notebook_decodes_the_systems_that_its_cell_names(here, fake):
     assert about["keys"] == list(rows.key)
 
 
-def test_bad_input_is_an_error_of_the_setup_cell(here):
+def test_bad_input_is_an_error_before_anything_is_decoded(here):
     with pytest.raises(InputError, match="'nobody'"):
         here(0, voice="nobody")
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -186,15 +187,41 @@ def test_two_runs_into_one_folder(fake, tmp_path, capsys):
     assert fake.calls == []
 
 
+def test_the_notes_say_that_it_decodes(fake, monkeypatch):
+    shown, notes = interactive.Listener(fake, sentences.Utterance("a", "A sentence.", "af_heart", 5), 0.4, 3), []
+    shown.note.observe(lambda change: notes.append((change.new, len(fake.calls))), "value")
+    shown.draft_length.value = 2
+    assert notes[0] == ("decoding ...", 2) and notes[-1][0] != "decoding ..." and len(notes) == 2
+
+
+def test_a_slider_that_needs_no_kernel_is_one_element_without_requests():
+    emitted = {"beta 0: exact": [0.5, 0.3, 0.2], "beta 1: the draft": [0.2, 0.3, 0.5]}
+    page = interactive.tolerance_slider([0.2, 0.3, 0.5], [0.5, 0.3, 0.2], emitted, 0).data
+    figure = ElementTree.fromstring(page.replace("<br>", "<br/>").replace("></label>", "/></label>"))
+    assert figure.tag == "figure" and "http" not in page and "<script" not in page
+    bars = {kind: figure.findall(f".//rect[@class='{kind}']") for kind in ("draft", "target", "emitted")}
+    heights = {kind: [float(bar.get("height")) for bar in found] for kind, found in bars.items()}
+    assert heights["emitted"] == heights["target"] == heights["draft"][::-1]
+    frames = json.loads(figure.find(".//input").get("data-frames"))
+    assert [frame["text"] for frame in frames] == list(emitted) and figure.find("output").text == "beta 0: exact"
+    assert frames[1]["height"] == heights["draft"] and figure.find(".//input").get("max") == "1"
+
+
 def test_sliders_decode_again_and_redraw_in_place(fake):
     shown = interactive.Listener(fake, sentences.Utterance("a", "A sentence to hear.", "af_heart", 5), 0.4, 3)
     player, timeline, calls = shown.player.value, shown.timeline.value, len(fake.calls)
-    assert timeline[:4] == b"\x89PNG" and "<audio" in player and calls == 1
+    assert timeline[:4] == b"\x89PNG" and "<audio" in player and "<audio" in shown.target.value and calls == 2
     widgets = shown.widget.children
     shown.draft_length.value = 6
-    assert fake.calls[1:] == [("speculative", 5)] and shown.widget.children is widgets
+    assert fake.calls[2:] == [("speculative", 5)] and shown.widget.children is widgets
     assert shown.timeline.value != timeline and shown.player.value != player
     longer = shown.player.value
     shown.tolerance.value = 0.9
-    assert len(fake.calls) == 3 and shown.player.value != longer
+    assert len(fake.calls) == 4 and shown.player.value != longer
+    assert "times as fast as" in shown.note.value
+    shown.speaker.value, alone = "am_michael", shown.target.value
+    assert len(fake.calls) == 6 and shown.target.value != alone  # another voice: the target alone, too
+    heard = shown.player.value
+    shown.text.value = " "
+    assert "text" in shown.note.value and shown.player.value == heard and len(fake.calls) == 6
     assert not shown.tolerance.continuous_update  # one decode a slide, not one a pixel

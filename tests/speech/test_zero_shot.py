@@ -306,7 +306,7 @@ def test_the_profile_paper_runs_end_to_end(released, tmp_path):
     assert rows.similarity.between(-1, 1).all() and rows.p808.between(1, 5).all()
     about = json.loads((out / "provenance.json").read_text())["01_table1"]
     assert about["profile"] == "paper" and about["parameters"]["tolerance"] == 0.4
-    assert {p.name for p in out.glob("*.ipynb")} == {"00_listen.ipynb", "01_table1.ipynb"}
+    assert {p.stem for p in out.glob("*.ipynb")} == {"00_algorithm", "00_listen", "01_table1"}
     assert (out / "tables" / "table1.csv").exists() and (out / "figures" / "timeline.png").exists()
 
 
