@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from . import paper
-from .style import PALETTE, SPEEDUP, SSD, TARGET, WER, hollow, maths, titled
+from .style import PALETTE, SPEEDUP, SSD, TARGET, WER, hollow, legend_below, maths, titled
 from .tables import number
 
 
@@ -14,7 +14,7 @@ def _over_setting(ax, x, table: pd.DataFrame, name: str, label: str) -> None:
     """A column of a table over the setting x, with its interval, and the paper's where known."""
     short = name.removesuffix(" %")
     ax.vlines(x, table[f"{short}_low"], table[f"{short}_high"], color=SSD, linewidth=2)
-    ax.plot(x, table[name], "o-", color=SSD, markersize=6, label="SSD here, 95 % interval")
+    ax.plot(x, table[name], "o-", color=SSD, markersize=4, label="SSD here, 95 % interval")
     theirs = table.get(f"paper {name}", pd.Series(np.nan, table.index))
     if (known := theirs.notna().to_numpy()).any():
         ax.plot(np.asarray(x)[known], theirs[known], linestyle="--", label="SSD, the paper's", **hollow("SSD"))
@@ -29,9 +29,11 @@ def table3(table: pd.DataFrame, axes) -> None:
         _over_setting(ax, [float(beta) for beta in ssd.index], ssd, name, "tolerance beta")
         ax.axhline(base[name], color=TARGET, linestyle=":", label="the target alone, here")
     axes[1].axhline(base["paper WER %"], color=TARGET, linestyle="--", linewidth=0.8, label="the target, the paper's")
-    axes[0].set(ylabel=f"{SPEEDUP} (up is better)")
-    axes[1].set(ylabel=f"{WER} (down is better)", ylim=(0, 1.1 * np.nanmax(table[["WER_high", "paper WER %"]])))
-    axes[0].figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False)
+    for ax, label, better in ((axes[0], SPEEDUP, "up"), (axes[1], WER, "down")):
+        ax.set_ylabel(label)
+        ax.set_title(f"{better} is better", loc="left", fontsize=9, color="0.4")
+    axes[1].set(ylim=(0, 1.1 * np.nanmax(table[["WER_high", "paper WER %"]])))
+    legend_below(axes)
     first, last = ssd.iloc[0], ssd.iloc[-1]
     titled(
         axes,
@@ -43,14 +45,14 @@ def table3(table: pd.DataFrame, axes) -> None:
 
 def figure3(table: pd.DataFrame, axes) -> None:
     """``tables.figure3`` -> speed-up (left), acceptance rate (right) over L_d."""
-    label, best = "drafted tokens per round, L_d", table["speed-up"].idxmax()
+    label, best = "drafted tokens per round, L_d", table["speed-up"].fillna(0).idxmax()
     for ax, name in zip(axes, ("speed-up", "acceptance"), strict=True):
         _over_setting(ax, table.index, table, name, label)
         ax.set_xticks(list(table.index))
     axes[0].axhline(1, color=TARGET, linestyle=":", label="the target alone")
     axes[0].set(ylabel=SPEEDUP)
-    axes[1].set(ylabel="acceptance rate (accepted / drafted)", ylim=(0, 1))
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+    axes[1].set(ylabel="accepted / drafted tokens")
+    legend_below(axes, 3)
     fastest = number(*table.loc[best, ["speed-up"]], 2, *table.loc[best, ["speed-up_low", "speed-up_high"]])
     ends = [f"{table['acceptance'].iloc[end]:.2f} at L_d {table.index[end]}" for end in (0, -1)]
     titled(
@@ -72,8 +74,8 @@ def acceptance(table: pd.DataFrame, ax) -> None:
     ):
         ax = axes["beta"]
         ax.vlines(large.value.astype(float), large[low], large[high], color=SSD, linewidth=2)
-        ax.plot(large.value.astype(float), large[name], style, color=SSD, label=label)
-    ax.set(ylim=(0, 1.02), xlabel=maths("tolerance beta"), ylabel="acceptance rate")
+        ax.plot(large.value.astype(float), large[name], style, color=SSD, markersize=3, label=label)
+    ax.set(xlabel=maths("tolerance beta"), ylabel="acceptance rate")
     ax.legend(frameon=False, loc="lower right")
     ax.grid(axis="y", alpha=0.3)
     small = table[table.index != "beta"]
@@ -97,6 +99,8 @@ def _small(ax, part: pd.DataFrame, curve: str, inner: bool) -> None:
         ax.set_xlim(-0.6, len(part) - 0.4)
     elif (part["value"] % 1 == 0).all():
         ax.set_xticks(part["value"].astype(int)[:: 1 + len(part) // 5])
+    else:
+        ax.locator_params(axis="x", nbins=3)
     ax.set_title(maths(SMALL.get(curve, curve)), loc="left", fontsize=9)
     ax.tick_params(labelleft=not inner)
     ax.grid(axis="y", alpha=0.3)
@@ -115,8 +119,8 @@ def _what_moves(table: pd.DataFrame) -> str:
     ends = [f"{beta['acceptance'].iloc[end]:.2f} at beta {beta['value'].iloc[end]:g}" for end in (0, -1)]
     rates = table[table.index != "beta"].groupby(level=0).acceptance
     widest = (rates.max() - rates.min()).nlargest(1)
-    rest = "".join(f"; of all else {name} moves it most, by {by:.2f}" for name, by in widest.items())
-    return f"Accepted of the judged drafts: {ends[0]}, {ends[1]}{rest}"
+    rest = "".join(f"; with {name} it varies by {by:.2f}, with all else less" for name, by in widest.items())
+    return f"Share of the judged drafts that is accepted: {ends[0]}, {ends[1]}{rest}"
 
 
 PREDICTIONS = {
@@ -128,6 +132,8 @@ PREDICTIONS = {
 
 def theory(table: pd.DataFrame, ax) -> None:
     """``tables.measured_and_predicted`` -> measured over predicted speed-up; on the line theory is right."""
+    if table["measured"].isna().all():  # nothing was spoken
+        return
     for name, (marker, shade, label) in PREDICTIONS.items():
         ax.plot(table[name], table["measured"], marker, color=shade, label=label, alpha=0.9)
     ax.vlines(table["costs"], table["measured_low"], table["measured_high"], color=PALETTE[0], linewidth=1.5)
@@ -142,7 +148,7 @@ def theory(table: pd.DataFrame, ax) -> None:
     ax.plot(ends, ends, color="grey", linestyle=":", label="theory is right")
     ax.set(xlabel="predicted speed-up per token, times", ylabel="measured speed-up per token, times")
     ax.set(xlim=ends, ylim=ends, aspect="equal")
-    ax.figure.legend(loc="outside lower left", frameon=False)
+    legend_below(ax)
     ax.grid(alpha=0.3)
     off = {name: (table[name] / table["measured"] - 1).abs().max() for name in PREDICTIONS}
     titled(

@@ -62,7 +62,7 @@ def envelope(row) -> list[tuple[float, float]]:
 
 def timeline(events: pd.DataFrame, ax, title: str = "") -> None:
     """Accepted, resampled and rejected tokens along the audio, as the paper's Figure 2; every other round is shaded."""
-    events, title = events.reset_index(), title or events.attrs.get("title", "")
+    events = events.reset_index()
     counts = events.kind.value_counts()
     lanes = [kind for kind in reversed(KINDS) if counts.get(kind, 0)]
     for y, kind in enumerate(lanes):
@@ -88,11 +88,10 @@ def timeline_and_sound(events: pd.DataFrame, axes) -> None:
     seconds, height = np.array(events.attrs["envelope"] or [(0.0, 0.0)]).T
     sound.fill_between(seconds, -height, height, step="mid", color=SSD, linewidth=0)
     sound.set(ylim=(-1, 1), yticks=[], ylabel="sound")
-    sound.spines[:].set_visible(False)
+    sound.spines[:].set_color("none")
     timeline(events, lanes)
     sound.set(xlim=lanes.get_xlim(), xticks=[])
-    sound.set_title(lanes.get_title("left"), loc="left", fontsize=12)
-    lanes.set_title("", loc="left")
+    titled(axes, events.attrs["title"])
 
 
 def stages(table: pd.DataFrame, ax) -> None:
@@ -112,15 +111,20 @@ def stages(table: pd.DataFrame, ax) -> None:
     ax.set_xticks(range(0, int(widest) + 1, 20))
     ax.invert_yaxis()
     above = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": len(STAGES)}
-    ax.legend(*_once(ax), **above, frameon=False, columnspacing=0.9, handlelength=1.0, borderpad=0)
-    shares = [f"{line['LM share %']:.0f} % ({name})" for name, line in table.iterrows()]
-    last = table.iloc[-1]
-    faster = number(last["RTF speed-up"], 2, last["RTF speed-up_low"], last["RTF speed-up_high"])
-    titled(
-        ax,
-        f"The language model's share of a synthesis: {', '.join(shares)}, the paper's target about {lm:.0f} %; "
-        f"{table.index[-1]}'s whole synthesis is {faster} times as fast as the target's",
+    ax.legend(**above, frameon=False, columnspacing=0.9, handlelength=1.0, borderpad=0)
+    titled(ax, _share_of_lm(table))
+
+
+def _share_of_lm(table: pd.DataFrame) -> str:
+    base, last = table.iloc[0], table.iloc[-1]
+    text = (
+        f"The language model takes {base['LM share %']:.0f} % of the target's synthesis (the paper's: about "
+        f"{100 * paper.LM_SHARE:.0f} %)"
     )
+    if len(table) == 1:
+        return text
+    faster = number(last["RTF speed-up"], 2, last["RTF speed-up_low"], last["RTF speed-up_high"])
+    return f"{text}; with {last.name} the whole is {faster} times as fast, and the share {last['LM share %']:.0f} %"
 
 
 def _stacked(ax, y: float, line: pd.Series, base: float) -> None:
@@ -128,7 +132,7 @@ def _stacked(ax, y: float, line: pd.Series, base: float) -> None:
     left, small = 0.0, []
     for stage, fill in STAGE_COLOURS.items():
         width, share = 100 * line[stage] / base, line[f"{stage} share %"]
-        ax.barh(y, width, left=left, color=fill, label=LABELS.get(stage, stage))
+        ax.barh(y, width, left=left, color=fill, label=None if y else LABELS.get(stage, stage))
         if width >= 7:
             dark = stage == "target"
             ax.text(left + width / 2, y, f"{share:.0f} %", ha="center", va="center", color="white" if dark else "black")
@@ -137,12 +141,6 @@ def _stacked(ax, y: float, line: pd.Series, base: float) -> None:
         left += width
     words = f"RTF {line['RTF']:.3f}\n" + ", ".join(small) + " %" * bool(small)
     ax.text(left + 1.5, y, words, va="center", fontsize=9)
-
-
-def _once(ax) -> tuple[list, list[str]]:
-    """Handles and labels of a legend, each label once."""
-    found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    return list(found.values()), list(found)
 
 
 def table1(table: pd.DataFrame, axes) -> None:
@@ -187,11 +185,11 @@ def _faster_and_wrong(table: pd.DataFrame) -> str:
 
     def said(line: pd.Series) -> str:
         speed = number(line["speed-up"], 2, line["speed-up_low"], line["speed-up_high"])
-        return f"{speed} times as fast as the target, WER {line['WER %'] - base['WER %']:+z.1f} points"
+        return f"{speed} times the target's speed, WER {line['WER %'] - base['WER %']:+z.1f} points"
 
     ssd = table.loc[NAMES["speculative"]]
     theirs, rise = ssd["paper speed-up"], ssd["paper WER %"] - base["paper WER %"]
-    text = f"SSD is {said(ssd)}" + (f" (the paper's {theirs:.2f}, {rise:+.1f})" if pd.notna(theirs) else "")
+    text = f"SSD: {said(ssd)}" + (f" (the paper: {theirs:.2f}, {rise:+.1f})" if pd.notna(theirs) else "")
     return text + "".join(f"; {line.name}: {said(line)}" for _, line in others.nlargest(1, "speed-up").iterrows())
 
 
@@ -221,8 +219,11 @@ def losses(log: pd.DataFrame, term: str, ax) -> None:
     for name, label, shade in ((term, "training", PALETTE[0]), (f"dev_{term}", "held out", PALETTE[1])):
         if name in log:
             known = log.dropna(subset=[name])
-            ax.plot(known["step"], known[name], color=shade, label=label)
-            ax.set_title(f"{label}: {known[name].iloc[-1]:.2f} at the end", loc="left", fontsize=10)
-    ax.set(xlabel="training step", ylabel=TERMS.get(term, term))
+            ax.plot(known["step"], known[name], "." if len(known) == 1 else "-", color=shade, label=label)
+            first, last = known[name].iloc[[0, -1]]
+            ax.set_title(f"{label}: from {first:.2f} to {last:.2f}", loc="left", fontsize=10)
+    ax.set(xlabel="training step")
+    ax.set_ylabel(TERMS.get(term, term), fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
     ax.legend(frameon=False)

@@ -49,7 +49,7 @@ def timeline(rows: pd.DataFrame) -> pd.DataFrame:
     events = figures.timeline_events(row).set_index("seconds")
     rate, per_call = (tables.number(row[name], 2) for name in ("acceptance_rate", "tokens_per_target_call"))
     setting = f"SSD, beta {row.tolerance:g}, L_d {row.draft_length:g}"
-    title = f"{setting}: {rate} of the drafted tokens accepted, {per_call} tokens per target call"
+    title = f"{setting}: {rate} of drafted tokens accepted, {per_call} tokens per target call"
     events.attrs |= {"title": title, "envelope": figures.envelope(row)}
     return events
 
@@ -163,7 +163,7 @@ EXHIBITS = {
     ),
     "acceptance_paper": _and_paper("05_acceptance", tables.ssd_and_paper, True, names=_ACCEPTED),
     "theory": Exhibit(
-        "06_theory", tables.measured_and_predicted, THEORY, curves.theory, size=(WIDTH, 7), page=_PREDICTED
+        "06_theory", tables.measured_and_predicted, THEORY, curves.theory, size=(WIDTH, 6.4), page=_PREDICTED
     ),
     "theory_paper": _and_paper("06_theory", tables.ssd_and_paper, names=["speed-up per token"]),
     "bench": Exhibit("07_bench", speed.side_by_side, BENCH, speed.draw_side_by_side, size=(WIDTH, 3.8)),
@@ -204,7 +204,7 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
         found = pd.read_csv(rated, index_col="system") if rated.is_file() else pd.DataFrame(columns=["weights"])
         at["rated"] = found[found.weights == about["weights"]]
     if exhibit.of_folder:
-        rows = _scored_rows(folder, rows, about)
+        rows = scored_rows(folder, rows, about)
     table = exhibit.table(rows, **at)
     note = exhibit.note if isinstance(exhibit.note, str) else exhibit.note(rows)
     below = " ".join(filter(None, (note, caveats(rows), source_line(folder, about, rows))))
@@ -221,7 +221,7 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
     return Markdown(text)
 
 
-def _scored_rows(folder: Path, rows: pd.DataFrame, about: dict) -> pd.DataFrame:
+def scored_rows(folder: Path, rows: pd.DataFrame, about: dict) -> pd.DataFrame:
     """``rows`` and those of the folder's other notebooks in SCORED by the same voice, each once."""
     known, ran = rows_of_folder(folder), all_provenance(folder)
     same = [ran[name] for name in SCORED if name in ran and ran[name]["weights"] == about["weights"]]

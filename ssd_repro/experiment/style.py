@@ -20,6 +20,7 @@ COLOURS = {  # part of a system's name -> its colour in every figure; the first 
     "autoregressive": TARGET,
 }
 SYMBOLS = {"beta": r"$\beta$", "alpha": r"$\alpha$", "L_d": "$L_d$"}
+NAMES = "|".join(SYMBOLS)
 SPEEDUP = "speed-up over the target, times"
 WER = "word error rate, %"
 
@@ -35,11 +36,19 @@ def hollow(system: str) -> dict:
 
 def maths(text: str) -> str:
     """beta, L_d and alpha typeset, and "= " before their number."""
-    pattern = rf"\b({'|'.join(SYMBOLS)})\b( \d)?"
-    return re.sub(pattern, lambda m: SYMBOLS[m[1]] + (m[2] or "").replace(" ", " = "), text)
+    return re.sub(rf"\b({NAMES})\b([ \xa0]\d)?", lambda m: SYMBOLS[m[1]] + (m[2] and f" = {m[2][1]}" or ""), text)
 
 
 def titled(axes, finding: str) -> None:
     """The finding above the whole figure, in lines that fit its width."""
     figure = np.ravel(axes)[0].figure
-    figure.suptitle(maths(textwrap.fill(finding, int(10.5 * figure.get_figwidth()))), x=0.01, ha="left", fontsize=12)
+    unbroken = re.sub(rf"\b({NAMES}) (\d)", "\\1\xa0\\2", finding)
+    lines = textwrap.fill(unbroken, int(10.7 * figure.get_figwidth()))
+    figure.suptitle(maths(lines), x=0.01, ha="left", fontsize=12)
+
+
+def legend_below(axes, ncols: int = 2) -> None:
+    """One legend for all of the axes below the figure, each label once."""
+    every = list(np.ravel(axes))
+    found = {label: line for ax in every for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    every[0].figure.legend(found.values(), found, loc="outside lower left", ncols=ncols, frameon=False)

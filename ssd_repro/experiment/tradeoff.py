@@ -9,7 +9,7 @@ import pandas as pd
 
 from . import paper, statistics, tables
 from .statistics import ratio_of_sums
-from .style import SPEEDUP, TARGET, WER, colour, hollow, maths, titled
+from .style import SPEEDUP, TARGET, WER, colour, hollow, legend_below, maths, titled
 from .tables import NAMES, by_system, estimate, of_method, speedup
 
 
@@ -67,7 +67,7 @@ def draw(table: pd.DataFrame, ax) -> None:
             points, shade = points.sort_values("beta"), colour(points.index[0])
             style = {"color": shade, "marker": "o"} if own else hollow("SSD")
             name = f"SSD, {drafter} drafter" if drafter else "SSD, the paper's draft"
-            label = f"{name}, L_d {length:g}" if own else f"the paper's SSD, L_d {length:g}"
+            label = f"{name}, L_d {length:g}" if own else f"hollow: the paper's; SSD, L_d {length:g}"
             ax.plot(points["WER %"], points["speed-up"], linestyle="-" if own else "--", label=maths(label), **style)
         for system, line in part[part.beta.isna()].iterrows():
             style = {"color": colour(system), "marker": "o"} if own else hollow(system)
@@ -79,32 +79,34 @@ def draw(table: pd.DataFrame, ax) -> None:
     ax.set(xlabel=WER, ylabel=SPEEDUP)
     ax.set_xlim(left=0)
     ax.grid(alpha=0.3)
-    ax.figure.legend(loc="outside lower left", ncols=3, frameon=False)
+    legend_below(ax)
     titled(ax, _bought(here, theirs))
 
 
 def _betas(ax, table: pd.DataFrame) -> None:
-    """Beside each point of SSD its beta, the paper's on the left; no label where another stands already."""
-    taken = []
-    for _, line in table[table.beta.notna()].iterrows():
-        x, y, ours = line["WER %"], line["speed-up"], line["of"] == "here"
-        if all(abs(x - a) > 0.9 or abs(y - b) > 0.04 or own != ours for a, b, own in taken):
-            taken.append((x, y, ours))
-            aside = {"textcoords": "offset points", "ha": "left" if ours else "right"}
-            ax.annotate(maths(f"beta {line.beta:g}"), (x, y), (7, 5) if ours else (-8, -3), fontsize=8.5, **aside)
+    """Beside each point of ours its beta, unless another label stands there; of the paper's first and last."""
+    taken, points = [], table[table.beta.notna()]
+    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3}
+    aside = {"textcoords": "offset points", "fontsize": 8.5, "bbox": ground}
+    for _, line in points[points["of"] == "here"].iterrows():
+        x, y = line["WER %"], line["speed-up"]
+        if all(abs(x - a) > 1 or abs(y - b) > 0.05 for a, b in taken):
+            taken.append((x, y))
+            ax.annotate(maths(f"beta {line.beta:g}"), (x, y), (7, -11), **aside)
+    theirs = points[points["of"] == "paper"]
+    for end, below in ((theirs.beta.idxmin(), -15), (theirs.beta.idxmax(), 8)):
+        line = theirs.loc[end]
+        ax.annotate(maths(f"beta {line.beta:g}"), (line["WER %"], line["speed-up"]), (0, below), ha="center", **aside)
 
 
 def _bought(here: pd.DataFrame, theirs: pd.DataFrame) -> str:
-    """The fastest setting without loss, and the paper's setting here and there: speed-up and rise in WER."""
-
-    def said(line: pd.Series) -> str:
-        return f"{line['speed-up']:.2f} times the target's speed, WER {line['WER rise']:+z.1f} points"
-
-    text, exact = [], here[here.beta == 0]
+    """The paper's setting here and there, speed-up and rise in WER, and the fastest setting without loss."""
+    said, exact = [], here[here.beta == 0]
+    for part, where in ((here, "here"), (theirs, "in the paper")):
+        at = part[(part.drafter == "") & (part.beta == paper.TOLERANCE) & (part.L_d == paper.LENGTH)]
+        for _, line in at.iterrows():
+            said.append(f"{line['speed-up']:.2f} times the speed for {line['WER rise']:+z.1f} points of WER {where}")
+    text = f"SSD, beta {paper.TOLERANCE}, L_d {paper.LENGTH}: {', '.join(said)}"
     for system, line in exact.nlargest(1, "speed-up").iterrows():
-        text.append(f"Lossless: {line['speed-up']:.2f} times the target's speed at best ({system})")
-    for part, name in ((here, "here"), (theirs, "the paper")):
-        at = part[(part.drafter == "") & (part.L_d == paper.LENGTH)]
-        for _, line in at[at.beta == paper.TOLERANCE].iterrows():
-            text.append(f"{name}, beta {line.beta:g}, L_d {line.L_d:g}: {said(line)}")
-    return "; ".join(text)
+        text += f"; lossless at best {line['speed-up']:.2f} times ({system.removeprefix('SSD, ')})"
+    return text
