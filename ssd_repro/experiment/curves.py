@@ -54,7 +54,7 @@ def figure3(table: pd.DataFrame, axes) -> None:
     axes[1].set(ylabel="accepted / drafted tokens")
     legend_below(axes, 3)
     fastest = number(*table.loc[best, ["speed-up"]], 2, *table.loc[best, ["speed-up_low", "speed-up_high"]])
-    ends = [f"{table['acceptance'].iloc[end]:.2f} at L_d {table.index[end]}" for end in (0, -1)]
+    ends = [f"{number(table['acceptance'].iloc[end], 2)} at L_d {table.index[end]}" for end in (0, -1)]
     titled(
         axes,
         f"Fastest at L_d {best}, {fastest} times the target's speed (the paper: fastest at L_d {paper.LENGTH}); "

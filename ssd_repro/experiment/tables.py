@@ -182,8 +182,8 @@ def stages(rows: pd.DataFrame) -> pd.DataFrame:
         spent /= ours.audio_seconds.sum() or np.nan
         if method == "draft":  # alone: the loop books its work as the target's
             spent["draft"], spent[VERIFY] = spent["draft"] + spent[VERIFY], 0.0
-        share = 100 * spent[list(LM_PHASES)].sum() / spent.sum()
-        spent.index, whole = list(STAGES), spent.sum(skipna=False)
+        whole = spent.sum(skipna=False)
+        share, spent.index = 100 * spent[list(LM_PHASES)].sum() / whole, STAGES
         shares = {f"{phase} share %": 100 * seconds / whole for phase, seconds in spent.items()}
         shares["LM share %"] = share
         speed = {column: value for column, value in speed_columns(ours).items() if column.startswith("RTF speed-up")}
@@ -266,8 +266,8 @@ def number(value: float, places: int, low: float = np.nan, high: float = np.nan)
     """Rounded, no minus before a zero; with its interval, unless that says the same again."""
     if pd.isna(value):
         return "–"
-    if value == low == high:
-        return f"{value:g}"  # a system beside itself
+    if value == low == high == round(value):
+        return f"{value:z.0f}"  # a system beside itself
     text, *bounds = (f"{x:z.{places}f}" for x in (value, low, high))
     known = pd.notna(low) and pd.notna(high) and set(bounds) != {text}
     return f"{text} [{', '.join(bounds)}]" if known else text

@@ -10,7 +10,7 @@ import pandas as pd
 from . import paper, statistics, tables
 from .statistics import ratio_of_sums
 from .style import SPEEDUP, TARGET, WER, colour, hollow, legend_below, maths, titled
-from .tables import NAMES, by_system, estimate, of_method, speedup
+from .tables import NAMES, by_system, estimate, number, of_method, speedup
 
 
 def of_rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -105,8 +105,9 @@ def _bought(here: pd.DataFrame, theirs: pd.DataFrame) -> str:
     for part, where in ((here, "here"), (theirs, "in the paper")):
         at = part[(part.drafter == "") & (part.beta == paper.TOLERANCE) & (part.L_d == paper.LENGTH)]
         for _, line in at.iterrows():
-            said.append(f"{line['speed-up']:.2f} times the speed for {line['WER rise']:+z.1f} points of WER {where}")
+            faster = number(line["speed-up"], 2)
+            said.append(f"{faster} times the speed for {line['WER rise']:+z.1f} points of WER {where}")
     text = f"SSD, beta {paper.TOLERANCE}, L_d {paper.LENGTH}: {', '.join(said)}"
     for system, line in exact.nlargest(1, "speed-up").iterrows():
-        text += f"; lossless at best {line['speed-up']:.2f} times ({system.removeprefix('SSD, ')})"
+        text += f"; lossless at best {number(line['speed-up'], 2)} times ({system.removeprefix('SSD, ')})"
     return text
