@@ -77,12 +77,15 @@ def over_setting(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     parts = []
     for value, group in rows.groupby(column, sort=True):
         line = rate(judged(group).assign(value=value), "value")
-        parts.append(line.assign(of_drafted=ratio_of_sums(group.accepted, group.drafted)))
+        low, high = bootstrap(ratio_of_sums, group.accepted, group.drafted) if len(group) >= LEAST else (np.nan, np.nan)
+        drafted = {"of_drafted_low": low, "of_drafted_high": high}
+        parts.append(line.assign(of_drafted=ratio_of_sums(group.accepted, group.drafted), **drafted))
     return pd.concat(parts, ignore_index=True)
 
 
 def acceptance(rows: pd.DataFrame, tolerance: float, draft_length: int) -> pd.DataFrame:
-    """All curves: columns curve, value, acceptance (accepted / judged), low, high, judged, n, of_drafted.
+    """All curves: columns curve, value, acceptance (accepted / judged), low, high, judged, n, of_drafted (its
+    interval _low, _high).
 
     Curves against a setting vary that one alone from (tolerance, draft_length, the voice's temperature); those within
     the utterance are of that point, the position within the draft of its longest draft.

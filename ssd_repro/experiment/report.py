@@ -15,126 +15,35 @@ from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
-from . import acceptance, cost, figures, front, price, speed, statistics, tables
+from . import acceptance, cost, curves, figures, front, price, speed, tables, tradeoff
+from .captions import (
+    ACCEPTANCE,
+    BENCH,
+    EQUAL,
+    HEARD,
+    INTERVALS,
+    LENGTHS,
+    MEMORY,
+    PRICE,
+    PRICES,
+    QUALITY,
+    RATIOS,
+    SPEED,
+    STAGES,
+    TABLE,
+    THEORY,
+    TIMELINE,
+    TRADEOFF,
+    caveats,
+    findings,
+    machine_listeners,
+    predicted,
+)
 from .provenance import all_provenance, relative
-from .rows import SILENCE_DB, busy, count_empty, rows_of_folder, to_frame
+from .rows import rows_of_folder, to_frame
+from .style import WIDTH
 
-INTERVALS = "[low, high]: 95 % bootstrap intervals over utterances."
-SPEED = (
-    "Speed-up: LM-RTF of the autoregressive target, decoded in turn with the system, over the system's; per token: "
-    "median over utterances; RTF speed-up: of the whole synthesis. The paper's LM-RTF is an A100's: compare ratios."
-)
-TABLE = f"{INTERVALS} NMOS is DNSMOS P808_MOS. {SPEED}"
-QUALITY = (
-    "Paired differences (same text, voice, seed) with 95 % bootstrap intervals. 'Shown equivalent': two one-sided "
-    f"tests at 5 % against the margins {statistics.MARGINS}; 'shown different': the interval leaves 0 out; 'no "
-    "difference shown' is neither, and does not mean equal. Length ratio: seconds of audio over the target's."
-)
 LISTENED = "listening.csv"  # of a results folder: what ``listening-test analyse`` found
-MACHINES = (
-    "SIM-MOS, NAT-MOS: people's ratings, 1 to 5, by `ssd-repro listening-test`; the paper's with ± half of its 95 % "
-    "interval. Machine: no rating but a model's prediction; NMOS is DNSMOS P808_MOS."
-)
-STAGES = "Seconds per second of audio; verify: the target's steps; rest: the loop. LM share: prefill to rest."
-ACCEPTANCE = (
-    f"{INTERVALS} Accepted / judged: of the drafted tokens up to a round's first rejection; accepted / drafted: of "
-    "all. A rejected draft counts where it would have stood, and for what the token in its place carries: silence is "
-    f"{-SILENCE_DB:g} dB below the loud tokens of its utterance, boundary is a token on either side of a change."
-)
-THEORY = (
-    "Speed-up per token, over all utterances together. Formula: (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + 1)), "
-    "Leviathan et al. 2023, alpha = accepted / judged, c = draft step / target step; positions: with the acceptance "
-    "rate of each position of the draft; costs: also with the measured cost of the verification. The residue: prefill "
-    "% and loop % of SSD's LM time, which no prediction counts; left %: first tokens, rounds that the end cuts short, "
-    "and the prefill of the baseline."
-)
-BENCH = (
-    f"{INTERVALS} Same weights, prompts, sampler, seeds, threads, least and most tokens, in turns utterance by "
-    "utterance; prefill and stop token count. Sampler: the voice's without RAS, one code for all. Assisted generation: "
-    "our draft, L_d tokens a round, schedule constant, threshold 0; its distribution is that of "
-    "beta 0. Over: speeds, above 1 is faster."
-)
-RATIOS = (
-    f"{INTERVALS} x_over_y: times as many tokens a second. verify and draft over step: prices in the loop of SSD at "
-    "the tolerance, in steps of our autoregressive target, sampling and judging included. outside_forwards: share of "
-    "a round outside the models' forwards, from a pass of its own."
-)
-MEMORY = (
-    "Parameters. Own: the draft's bottom layers and head, the rest being the target's; alone: what a draft takes that "
-    "shares nothing but embeddings, as where a runtime packs each model's weights for itself (openvino)."
-)
-PRICES = (
-    "A prediction but for the prices: these are measured in the loop at random weights, sampling included, and the "
-    "speed-up is what they make of the acceptance of the voice's own rows, (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + "
-    "V)); a draft of one layer would have to earn that acceptance. c, V: draft step and verification in target steps. "
-    "Floor: bytes of weights and cache over the machine's GB/s, or operations over its GFLOP/s, whichever is longer."
-)
-LENGTHS = (
-    "One utterance that is not let stop, prefill included, and what the process (on a GPU: torch) had grown by; cache: "
-    "computed. Floor: bytes of weights and cache of a target step over the machine's GB/s."
-)
-PRICE = (
-    "Means over all places where the loop drafts, along what the target says by itself. Acceptance: of a draft, "
-    "expected; TV: total variation between what the rule then says and the target, 0 to 1; bound: max(0, "
-    "acceptance - sum min(p, q)), below which no rule comes; excess: TV less the bound; target cannot say: the "
-    "probability of tokens that the target's own sampling excludes there. matched: normalize(max(0, q - p a)) after a "
-    f"rejection. {INTERVALS}"
-)
-EQUAL = f"Parameter, TV and excess are interpolated between two points of a rule's grid. {PRICE}"
-HEARD = f"more WER: points above the target without a draft, paired. Acceptance: accepted / drafted. {TABLE}"
-TIMELINE = "Every token of the SSD sentence; figure: the paper's Figure 2."
-
-
-def findings(rows: pd.DataFrame) -> str:
-    """What these rows say of the speed-up: numbers computed from them, the machine and the metrics that they name."""
-    found, said = tables.measured_and_predicted(rows).reset_index(), []
-    if len(found := found.dropna(subset=["alpha", "costs", "measured"])):
-        beta, length = (_range(found[column], "g") for column in ("beta", "L_d"))
-        draft, verify = (_range(found[f"{step} / target step"]) for step in ("draft", "verification"))
-        said = [
-            f"SSD, beta {beta}, L_d {length}: {_range(found.alpha)} of the judged drafts are accepted; a draft step "
-            f"costs {draft}, a verification {verify} target steps. These predict a speed-up per token of "
-            f"{_range(found.costs)}; measured: {_range(found.measured)}."
-        ]
-    runtime = ", " + rows.runtime if "runtime" in rows else ""  # rows from before there was a choice are eager
-    machines = (rows.chip + " (" + rows.device + runtime + ", " + rows.precision + ")").unique()
-    said.append(f"Timed on {' and '.join(machines)}.")
-    if len(scored := rows[rows.words.notna()]):
-        said.append(f"WER by Whisper {_names(scored.whisper)}, SS by {_names(scored.speaker)}.")
-    return " ".join(said)
-
-
-def _range(values: pd.Series, form: str = ".2f") -> str:
-    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (values.min(), values.max())))
-
-
-def _names(values: pd.Series) -> str:
-    """Each once; of a model's folder its name alone."""
-    return " and ".join(dict.fromkeys(Path(value).name for value in values))
-
-
-def machine_listeners(rows: pd.DataFrame) -> str:
-    """What the columns of Table 2 are, and how far its two predictors of naturalness agree on these rows."""
-    if not tables.has(rows, "distillmos"):
-        return MACHINES
-    both = rows[["distillmos", "p808"]].dropna()
-    r, low, high = tables.estimate("", statistics.pearson, both.distillmos, both.p808).values()
-    return (
-        f"{MACHINES} Correlation of DistillMOS with P808_MOS over {len(both)} rows: {tables.number(r, 2, low, high)}."
-    )
-
-
-def caveats(rows: pd.DataFrame) -> str:
-    """What to know of these rows: empty utterances, and a machine that did other work; '' if there is nothing."""
-    counts = {tables.NAMES[method]: count_empty(ours) for method, ours in rows.groupby("method", sort=False)}
-    said = [f"{name}: {count} of {len(rows)} rows are empty utterances." for name, count in counts.items() if count]
-    if share := busy(rows):
-        said.append(f"Warning: the machine was not idle: other work ran beside {100 * share:.0f} % of these rows.")
-    return " ".join(said)
-
-
-def _predicted(rows: pd.DataFrame) -> str:
-    return f"{speed.begins(rows)} {PRICES}"
 
 
 def timeline(rows: pd.DataFrame) -> pd.DataFrame:
@@ -143,7 +52,8 @@ def timeline(rows: pd.DataFrame) -> pd.DataFrame:
     events = figures.timeline_events(row).set_index("seconds")
     rate, per_call = (tables.number(row[name], 2) for name in ("acceptance_rate", "tokens_per_target_call"))
     setting = f"SSD, beta {row.tolerance:g}, L_d {row.draft_length:g}"
-    events.attrs["title"] = f"{setting}: acceptance rate {rate}, {per_call} tokens per target call"
+    title = f"{setting}: {rate} of drafted tokens accepted, {per_call} tokens per target call"
+    events.attrs |= {"title": title, "envelope": figures.envelope(row)}
     return events
 
 
@@ -157,7 +67,8 @@ class Exhibit:
     ``table(rows, rated)`` where ``with_ratings``.
 
     note: what stands below the table, or what computes it from the rows. draw(table, axes) fills the axes of a figure
-    of ``shape`` (rows, columns) and ``size`` inches.
+    of ``shape`` (rows, columns) and ``size`` inches. page: the columns that a page has room for, if not all; the CSV
+    has all. of_folder: made of the scored rows of all of the folder's notebooks in ``SCORED``.
     """
 
     notebook: str
@@ -165,50 +76,123 @@ class Exhibit:
     note: str | Callable[[pd.DataFrame], str]
     draw: Callable | None = None
     shape: tuple[int, int] = (1, 1)
-    size: tuple[float, float] = (10, 3.4)
+    size: tuple[float, float] = (WIDTH, 3.4)
     readable: Callable[[pd.DataFrame], pd.DataFrame] = tables.readable
     at_setting: bool = False
     with_ratings: bool = False
+    page: tuple[str, ...] = ()
+    of_folder: bool = False
 
 
 def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **settings) -> Exhibit:
     return Exhibit(notebook, partial(table, **settings), findings, readable=lambda text: text, at_setting=at_setting)
 
 
-_ACCEPTANCE = {"shape": (2, 4), "size": (12, 5.6), "readable": tables.readable_acceptance, "at_setting": True}
+SCORED = "01_table1", "02_tolerance", "03_draft_length"
+_RATINGS = ("SIM-MOS", "NAT-MOS", "listeners", "NMOS (machine)", "DistillMOS (machine)", "SS (machine)")
+_SPEED = ("speed-up", "speed-up per token", "acceptance", "tokens per target call", "n")
+_SHARES = ("RTF", *(f"{part} share %" for part in ("draft", "target", "codec", "LM")), "RTF speed-up")
+_PREDICTED = ("L_d", "draft / target step", "verification / target step", "measured", "formula", "costs")
 _ACCEPTED = ["accepted / drafted tokens", "tokens per target call", tables.SPEEDUP]
-_PRICES = {"shape": (1, 2), "size": (11, 4), "readable": speed.readable_prices}
 PRICED = "09_price_of_tolerance"
+_PRICES = {"shape": (1, 2), "size": (WIDTH, 4.4), "readable": speed.readable_prices}
+_LENGTHS = tuple(f"{system}, {unit}" for unit in ("ms / token", "MB") for system in ("autoregressive", "SSD"))
 _WER = {"WER %": "WER, points"}
 _QUALITY = {**_WER, "NMOS": "P808 (NMOS)", "SS": "SS"}
 EXHIBITS = {
-    "timeline": Exhibit("00_listen", timeline, TIMELINE, figures.timeline, size=(10, 3), readable=_counted),
-    "phases": Exhibit("00_listen", tables.stages, STAGES, figures.stages, size=(10, 2.6)),
+    "timeline": Exhibit(
+        "00_listen", timeline, TIMELINE, figures.timeline_and_sound, (2, 1), (WIDTH, 3.8), readable=_counted
+    ),
+    "phases": Exhibit("00_listen", tables.stages, STAGES, figures.stages, page=_SHARES),
     "listen_paper": _and_paper("00_listen", tables.ssd_and_paper, names=[tables.SPEEDUP, _ACCEPTED[0]]),
-    "table1": Exhibit("01_table1", tables.table1, TABLE, figures.table1, (1, 2)),
+    "tradeoff": Exhibit(
+        "01_table1",
+        tradeoff.of_rows,
+        TRADEOFF,
+        tradeoff.draw,
+        readable=tradeoff.readable,
+        size=(WIDTH, 5.4),
+        page=("WER %", "WER rise", "speed-up", "n"),
+        of_folder=True,
+    ),
+    "table1": Exhibit(
+        "01_table1",
+        tables.table1,
+        TABLE,
+        figures.table1,
+        (1, 2),
+        page=("WER %", "NMOS", "SS", "LM-RTF", "speed-up", "n"),
+    ),
     "table1_quality": Exhibit("01_table1", tables.quality, QUALITY, readable=tables.readable_quality),
     "table1_paper": _and_paper("01_table1", tables.quality_and_paper, columns=_QUALITY),
     "table2": Exhibit(
-        "01_table1", tables.table2, machine_listeners, readable=tables.readable_table2, with_ratings=True
+        "01_table1",
+        tables.table2,
+        machine_listeners,
+        readable=tables.readable_table2,
+        with_ratings=True,
+        page=_RATINGS,
     ),
-    "table3": Exhibit("02_tolerance", tables.table3, TABLE, figures.table3, (1, 2)),
+    "table3": Exhibit(
+        "02_tolerance",
+        tables.table3,
+        TABLE,
+        curves.table3,
+        (1, 2),
+        (WIDTH, 3.8),
+        page=("WER %", "NMOS", "LM-RTF", "speed-up", "acceptance", "n"),
+    ),
     "table3_quality": Exhibit("02_tolerance", tables.quality, QUALITY, readable=tables.readable_quality),
     "table3_paper": _and_paper("02_tolerance", tables.quality_and_paper, columns=_WER),
-    "figure3": Exhibit("03_draft_length", tables.figure3, f"{INTERVALS} {SPEED}", figures.figure3, (1, 2)),
+    "figure3": Exhibit(
+        "03_draft_length",
+        tables.figure3,
+        f"{INTERVALS} {SPEED}",
+        curves.figure3,
+        (1, 2),
+        (WIDTH, 3.8),
+        page=("LM-RTF", *_SPEED),
+    ),
     "figure3_paper": _and_paper("03_draft_length", tables.figure3_and_paper),
-    "figure1b": Exhibit("04_stages", tables.stages, STAGES, figures.stages, size=(10, 2.6)),
+    "figure1b": Exhibit("04_stages", tables.stages, STAGES, figures.stages, page=_SHARES),
     "figure1b_paper": _and_paper("04_stages", tables.stages_and_paper),
-    "acceptance": Exhibit("05_acceptance", acceptance.acceptance, ACCEPTANCE, figures.acceptance, **_ACCEPTANCE),
+    "acceptance": Exhibit(
+        "05_acceptance",
+        acceptance.acceptance,
+        ACCEPTANCE,
+        curves.acceptance,
+        size=(WIDTH, 6),
+        readable=tables.readable_acceptance,
+        at_setting=True,
+    ),
     "acceptance_paper": _and_paper("05_acceptance", tables.ssd_and_paper, True, names=_ACCEPTED),
-    "theory": Exhibit("06_theory", tables.measured_and_predicted, THEORY, figures.theory, size=(8, 5)),
+    "theory": Exhibit(
+        "06_theory", tables.measured_and_predicted, THEORY, curves.theory, size=(WIDTH, 6.4), page=_PREDICTED
+    ),
     "theory_paper": _and_paper("06_theory", tables.ssd_and_paper, names=["speed-up per token"]),
-    "bench": Exhibit("07_bench", speed.side_by_side, BENCH, speed.draw_side_by_side, size=(10, 3.6)),
+    "bench": Exhibit("07_bench", speed.side_by_side, BENCH, speed.draw_side_by_side, size=(WIDTH, 3.8)),
     "bench_ratios": Exhibit("07_bench", speed.ratios, RATIOS),
     "cost": Exhibit("07_bench", cost.of_rows, cost.note),
     "cost_memory": Exhibit("07_bench", cost.memory, MEMORY),
-    "growth_size": Exhibit("08_growth", speed.over_sizes, _predicted, speed.draw_sizes, **_PRICES),
-    "growth_setting": Exhibit("08_growth", speed.over_settings, PRICES, speed.draw_settings, **_PRICES),
-    "growth_length": Exhibit("08_growth", speed.over_lengths, LENGTHS, speed.draw_lengths, (1, 2), (11, 4)),
+    "growth_size": Exhibit(
+        "08_growth",
+        speed.over_sizes,
+        predicted,
+        speed.draw_sizes,
+        **_PRICES,
+        page=("L_d", "weights, MB", "step, ms", "c", "V", "predicted speed-up"),
+    ),
+    "growth_setting": Exhibit(
+        "08_growth",
+        speed.over_settings,
+        PRICES,
+        speed.draw_settings,
+        **_PRICES,
+        page=("threads", "L_d", "step, ms", "c", "V", "predicted speed-up"),
+    ),
+    "growth_length": Exhibit(
+        "08_growth", speed.over_lengths, LENGTHS, speed.draw_lengths, (1, 2), (WIDTH, 4), page=(*_LENGTHS, "speed-up")
+    ),
     "price": Exhibit(PRICED, price.frontier, PRICE, price.draw, (1, 2), (12, 5), price.readable),
     "price_equal": Exhibit(PRICED, price.at_equal_acceptance, EQUAL, readable=price.readable, at_setting=True),
     "price_heard": Exhibit(PRICED, price.heard, HEARD),
@@ -216,7 +200,7 @@ EXHIBITS = {
 
 
 def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
-    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png and .svg -> the table as Jupyter shows it.
+    """Make one exhibit: tables/<name>.csv and .md, figures/<name>.png, .svg, .pdf -> the table as Jupyter shows it.
 
     about: the entry of provenance.json. The figure, if any, is pyplot's newest.
     """
@@ -226,17 +210,30 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
         rated = Path(folder) / LISTENED
         found = pd.read_csv(rated, index_col="system") if rated.is_file() else pd.DataFrame(columns=["weights"])
         at["rated"] = found[found.weights == about["weights"]]
+    if exhibit.of_folder:
+        rows = scored_rows(folder, rows, about)
     table = exhibit.table(rows, **at)
     note = exhibit.note if isinstance(exhibit.note, str) else exhibit.note(rows)
     below = " ".join(filter(None, (note, caveats(rows), source_line(folder, about, rows))))
-    text = f"{tables.markdown(exhibit.readable(table))}\n{below}\n"
+    shown = exhibit.readable(table)
+    if exhibit.page:
+        shown = shown[[column for column in exhibit.page if column in shown]]
+    text = f"{tables.markdown(shown)}\n{below}\n"
     tables.save(table, folder, name, text)
     if exhibit.draw:
         figure, axes = plt.subplots(*exhibit.shape, figsize=exhibit.size, layout="constrained")
         exhibit.draw(table, axes)
-        despine(figure, left=exhibit.draw is figures.timeline)
+        despine(figure, left=exhibit.draw is figures.timeline_and_sound)
         figures.save(figure, folder, name)
     return Markdown(text)
+
+
+def scored_rows(folder: Path, rows: pd.DataFrame, about: dict) -> pd.DataFrame:
+    """``rows`` and those of the folder's other notebooks in SCORED by the same voice, each once."""
+    known, ran = rows_of_folder(folder), all_provenance(folder)
+    same = [ran[name] for name in SCORED if name in ran and ran[name]["weights"] == about["weights"]]
+    keys = dict.fromkeys(key for other in same for key in other["keys"] if key in known)
+    return to_frame({row["key"]: row for row in [*rows.to_dict("records"), *(known[key] for key in keys)]}.values())
 
 
 def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:

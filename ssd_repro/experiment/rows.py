@@ -18,6 +18,7 @@ from ..speech.sentences import Utterance
 from .systems import System
 
 SILENCE_DB = -35.0  # a token's 40 ms, against the 95th percentile of its utterance's tokens
+DECIBELS = 2.0  # of a step of ``loudness``
 FACTS = "gap_seconds stopped audio_seconds target_calls draft_calls acceptance_rate tokens_per_target_call"  # of a take
 BUSY_CORES = 0.25  # other work than this makes timings doubtful
 
@@ -37,6 +38,7 @@ def decoding_fields(takes: list) -> dict:
         "pieces": [len(sentence.tokens) for sentence in take.sentences],
         "rounds": [[[r.drafted, r.accepted] for r in s.rounds if drafted] for s in take.sentences],
         "token_kinds": token_kinds(take),
+        "loudness": loudness(take),
         "repeatable": all(other.token_ids == take.token_ids for other in takes),
         "lm_seconds": _median(t.lm_seconds for t in takes),
         "lm_seconds_each": [round(t.lm_seconds, 6) for t in takes],
@@ -62,19 +64,30 @@ def _median(seconds) -> float:
     return round(statistics.median(seconds), 6)  # to the microsecond
 
 
-def token_kinds(take) -> str:
-    """Of each token a letter for its 40 ms of sound: s speech, '.' silence.
+def token_levels(take) -> np.ndarray:
+    """(tokens,): dB of each token's 40 ms over the 95th percentile of its utterance's tokens.
 
-    An empty string where the tokens cannot be found in the sound: there is none, or its length is not theirs.
+    Empty where the tokens cannot be found in the sound: there is none, or its length is not theirs.
     """
     counts = [len(sentence.tokens) for sentence in take.sentences if sentence.tokens]  # an empty one has no pause
     width, gap = take.sample_rate // TOKEN_RATE, int(take.gap_seconds * take.sample_rate)
     if not np.any(take.audio) or len(take.audio) != sum(counts) * width + gap * (len(counts) - 1):
-        return ""
+        return np.empty(0)
     starts = np.cumsum([0, *(n * width + gap for n in counts[:-1])])
     sound = np.concatenate([take.audio[start : start + n * width] for start, n in zip(starts, counts, strict=True)])
     level = 10 * np.log10(np.square(sound.reshape(-1, width)).mean(1) + 1e-12)
-    return "".join("." if low else "s" for low in level < np.percentile(level, 95) + SILENCE_DB)
+    return level - np.percentile(level, 95)
+
+
+def token_kinds(take) -> str:
+    """Of each token a letter for its 40 ms of sound: s speech, '.' silence; '' where ``token_levels`` is empty."""
+    return "".join("." if level < SILENCE_DB else "s" for level in token_levels(take))
+
+
+def loudness(take) -> str:
+    """Of each token a letter for its level: z as loud as the loud ones, each letter before it DECIBELS lower."""
+    steps = np.clip(np.round(token_levels(take) / DECIBELS), -25, 0).astype(int)
+    return "".join(chr(ord("z") + step) for step in steps)
 
 
 def busy(rows: pd.DataFrame) -> float | None:

@@ -8,9 +8,9 @@ import pandas as pd
 from ..models.codec import TOKEN_RATE
 from . import cost
 from .acceptance import judged
-from .figures import PALETTE
 from .statistics import corpus_speedup, paired, ratio_of_sums
-from .tables import estimate, readable
+from .style import PALETTE, SSD, TARGET, colour, legend_below, maths, titled
+from .tables import estimate, number, readable
 from .theory import expected_tokens
 
 LABELS = {
@@ -115,15 +115,18 @@ def summary(rows: pd.DataFrame) -> dict:
 
 def draw_side_by_side(table: pd.DataFrame, ax) -> None:
     """``side_by_side`` -> a bar for each system, with its interval."""
-    y, ours = np.arange(len(table)), table.index.str.startswith("ours")
-    ax.barh(y, table["ms / token"], color=[PALETTE[0] if own else PALETTE[7] for own in ours])
+    y = np.arange(len(table))
+    ax.barh(y, table["ms / token"], color=[colour(name) for name in table.index])
     ax.hlines(y, table["ms / token_low"], table["ms / token_high"], color="black", linewidth=1.5)
-    ends = zip(table["ms / token_high"], y, table["ms / token"], strict=True)
-    for high, at, value in ends:
+    ends = np.fmax(table["ms / token"], table["ms / token_high"])
+    for high, at, value in zip(ends, y, table["ms / token"], strict=True):
         ax.annotate(f"{value:.1f}", (high, at), (5, 0), textcoords="offset points", va="center")
-    ax.set_yticks(y, table.index)
-    ax.set(xlabel="milliseconds a token", ylim=(len(table) - 0.4, -0.6))
-    ax.set_xlim(right=1.12 * table["ms / token_high"].max())
+    ax.set_yticks(y, [maths(name) for name in table.index])
+    ax.set(xlabel="milliseconds per token (left is better)", ylim=(len(table) - 0.4, -0.6))
+    ax.set_xlim(right=1.12 * ends.max())
+    best = table.loc[table["ms / token"].idxmin()]
+    over = number(best["over generate"], 2, best["over generate_low"], best["over generate_high"])
+    titled(ax, f"Fastest: {best.name}, {best['ms / token']:.1f} ms per token, {over} times transformers' generate")
 
 
 WANTED = 1.4  # the paper's speed-up
@@ -217,48 +220,60 @@ def over_lengths(rows: pd.DataFrame) -> pd.DataFrame:
 def draw_sizes(table: pd.DataFrame, axes) -> None:
     """``over_sizes`` -> predicted speed-up (left), V and c with their floors (right), over the target's weights."""
     left, right = axes
-    for colour, (drafter, part) in zip(PALETTE, table.groupby("drafter", sort=False), strict=False):
+    for shade, (drafter, part) in zip(PALETTE, table.groupby("drafter", sort=False), strict=False):
         x = part["weights, MB"]
-        left.plot(x, part["predicted speed-up"], "o-", color=colour, label=drafter)
-        right.plot(x, part["c"], "o-", color=colour, label=f"c, {drafter}")
-        right.plot(x, part["c's floor"], ":", color=colour)
-    right.plot(x, part["V"], "s-", color=PALETTE[2], label="V")
-    right.plot(x, part["V's floor"], ":", color=PALETTE[2], label="dotted: floors")
+        left.plot(x, part["predicted speed-up"], "o-", color=shade, label=drafter)
+        right.plot(x, part["c"], "o-", color=shade, label=f"draft step, {drafter}")
+        right.plot(x, part["c's floor"], ":", color=shade)
+    right.plot(x, part["V"], "s-", color=TARGET, label="verification")
+    right.plot(x, part["V's floor"], ":", color=TARGET, label="dotted: floors")
     for size, megabytes, value in zip(part["size"], x, part["predicted speed-up"], strict=True):
-        left.annotate(size, (megabytes, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        left.annotate(size, (megabytes, value), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
     left.axhline(WANTED, color="grey", linestyle="--", label=f"the paper's {WANTED}")
     left.axhline(1, color="grey", linestyle=":")
-    for ax, label in ((left, "predicted speed-up"), (right, "price in target steps")):
-        ax.set(xscale="log", xlabel="weights that a step reads, MB", ylabel=label)
+    for ax, label in ((left, "predicted speed-up, times"), (right, "price, target steps")):
+        ax.set(xscale="log", xlabel="weights that a step of the target reads, MB", ylabel=label)
         ax.set_xticks(x, [f"{megabytes:.0f}" for megabytes in x])
         ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=8)
         ax.grid(axis="y", alpha=0.3)
+    legend_below(axes)
+    ends = table.groupby("drafter", sort=False)["predicted speed-up"].agg(["first", "last"])
+    sizes = table["size"].iloc[0], table["size"].iloc[-1]
+    said = [f"{line['first']:.2f} to {line['last']:.2f} with {name}" for name, line in ends.iterrows()]
+    titled(axes, f"Predicted speed-up from {sizes[0]} to {sizes[1]}: {'; '.join(said)}")
 
 
 def draw_settings(table: pd.DataFrame, axes) -> None:
     """``over_settings`` -> over L_d the predicted speed-up (left), V and L_d c (right), by drafter and threads."""
     left, right = axes
-    for colour, ((drafter, threads), part) in zip(PALETTE, table.groupby(["drafter", "threads"]), strict=False):
+    for shade, ((drafter, threads), part) in zip(PALETTE, table.groupby(["drafter", "threads"]), strict=False):
         label = f"{drafter}, {threads:g} thread{'s' * (threads > 1)}"
-        left.plot(part["L_d"], part["predicted speed-up"], "o-", color=colour, label=label)
-        right.plot(part["L_d"], part["V"], "s-", color=colour)
-        right.plot(part["L_d"], part["L_d"] * part["c"], "o--", color=colour)
+        left.plot(part["L_d"], part["predicted speed-up"], "o-", color=shade, label=label)
+        right.plot(part["L_d"], part["V"], "s-", color=shade)
+        right.plot(part["L_d"], part["L_d"] * part["c"], "o--", color=shade)
     left.axhline(1, color="grey", linestyle=":")
-    left.set(xlabel="drafted tokens per round, L_d", ylabel="predicted speed-up")
-    right.set(xlabel="drafted tokens per round, L_d", ylabel="in target steps: V (solid), L_d c (dashed)")
-    left.legend(frameon=False, fontsize=8)
+    left.set(ylabel="predicted speed-up, times")
+    right.set(ylabel="target steps: verification (solid), draft (dashed)")
+    for ax in axes:
+        ax.set(xlabel=maths("drafted tokens per round, L_d"))
+        ax.grid(axis="y", alpha=0.3)
+    legend_below(axes)
+    best = table.loc[table["predicted speed-up"].idxmax()]
+    where = f"L_d {best['L_d']:g}, threads: {best['threads']:g}, {best['drafter']}"
+    titled(axes, f"The best prediction is a speed-up of {best['predicted speed-up']:.2f}: {where}")
 
 
 def draw_lengths(table: pd.DataFrame, axes) -> None:
     """``over_lengths`` -> milliseconds a token (left) and MB (right) over the length of the utterance."""
-    lines = {
-        0: {"autoregressive, ms / token": "o-", "SSD, ms / token": "s-", "floor, ms": ":"},
-        1: {"autoregressive, MB": "o-", "SSD, MB": "s-", "cache, MB": ":", "both caches, MB": "--"},
-    }
-    for place, columns in lines.items():
-        for colour, (name, style) in zip(PALETTE, columns.items(), strict=False):
-            axes[place].plot(table.index, table[name], style, color=colour, label=name)
-        axes[place].set(xlabel="seconds of speech", ylabel=("milliseconds a token", "MB")[place])
-        axes[place].set_ylim(bottom=0)
-        axes[place].legend(frameon=False, fontsize=8)
+    shades = {"autoregressive": TARGET, "SSD": SSD, "floor": TARGET, "cache": TARGET, "both caches": SSD}
+    styles = {"autoregressive": "o-", "SSD": "s-"}
+    for ax, unit, name in zip(axes, ("ms", "MB"), ("milliseconds per token", "memory, MB"), strict=True):
+        for column in (column for column in table if column.partition(", ")[2].startswith(unit)):
+            line = column.partition(", ")[0]
+            ax.plot(table.index, table[column], styles.get(line, ":"), color=shades[line], label=line)
+        ax.set(xlabel="seconds of speech", ylabel=name)
+        ax.set_ylim(bottom=0)
+        ax.grid(axis="y", alpha=0.3)
+        ax.legend(frameon=False, fontsize=9)
+    ends = [f"{table['speed-up'].iloc[end]:.2f} for {table.index[end]:g} s" for end in (0, -1)]
+    titled(axes, f"SSD's speed-up by the length of an utterance: {ends[0]}, {ends[1]} of speech")

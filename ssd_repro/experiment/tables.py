@@ -18,12 +18,14 @@ from . import paper, statistics, theory
 from .statistics import bootstrap, corpus_speedup, paired, ratio_of_sums
 
 NAMES = {"autoregressive": "Autoregressive", "draft": "Draft", "speculative": "SSD"}
+VERIFY = "verify"  # what rows call the part of the target; readers see "target"
 PHASES = ("text", *LM_PHASES, "codec")  # of a row's seconds, in the order of work
+STAGES = tuple("target" if phase == VERIFY else phase for phase in PHASES)
 MEANS = {"NMOS": "p808", "DistillMOS": "distillmos", "OVRL": "ovrl", "SIG": "sig", "BAK": "bak", "SS": "similarity"}
 MACHINES = ("NMOS", "DistillMOS", "OVRL", "SS")  # of MEANS, those that predict what listeners rate
 SPEEDUP = "speed-up of the LM"
 COUNTS = dict.fromkeys(("n", "listeners", "L_d", "threads"), 0)
-DIGITS = {**COUNTS, "value": 3, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(PHASES, 4)}
+DIGITS = {**COUNTS, "WER rise": 1, "beta": 1, "value": 3, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(STAGES, 4)}
 
 
 def digits(column: str) -> int:
@@ -71,13 +73,12 @@ def by_system(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def estimate(name: str, statistic, *columns, scale: float = 1) -> dict[str, float]:
-    """A number over utterances and its interval; NaN where there is nothing to divide by."""
+    """A number over utterances and its interval; NaN where there is nothing to divide by, no interval of one."""
     value, low, high, short = np.nan, np.nan, np.nan, name.removesuffix(" %")
     if len(columns[0]):
-        value, (low, high) = (
-            statistic(*(np.asarray(column, float) for column in columns)),
-            bootstrap(statistic, *columns),
-        )
+        value = statistic(*(np.asarray(column, float) for column in columns))
+    if len(columns[0]) > 1:
+        low, high = bootstrap(statistic, *columns)
     return {name: scale * value, f"{short}_low": scale * low, f"{short}_high": scale * high}
 
 
@@ -109,7 +110,7 @@ def speed_columns(rows: pd.DataFrame) -> dict[str, float]:
         **speedup("speed-up", rows, "lm_seconds", "audio_seconds"),
         **estimate("speed-up per token", lambda each: np.median(each, axis=-1), per_token),
         **speedup("RTF speed-up", rows, "synthesis_seconds", "audio_seconds"),
-        "acceptance": ratio_of_sums(rows.accepted, rows.drafted),
+        **estimate("acceptance", ratio_of_sums, rows.accepted, rows.drafted),
         "tokens per target call": pd.to_numeric(rows.tokens_per_target_call).mean(),
         "n": len(rows),
     }
@@ -180,16 +181,17 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:
-    """Where the time of a synthesis goes, one row per method: PHASES in seconds per second of audio, RTF, shares."""
+    """Where the time of a synthesis goes, one row per method: STAGES in seconds per second of audio, RTF, shares."""
     lines = []
     for method, ours in ((method, rows[rows.method == method]) for method in NAMES if method in set(rows.method)):
         spent = pd.DataFrame(list(ours.seconds)).reindex(columns=PHASES).fillna(0.0).sum()
         spent /= ours.audio_seconds.sum() or np.nan
-        if method == "draft":  # alone: what the loop calls 'verify' is its work
-            spent["draft"], spent["verify"] = spent["draft"] + spent["verify"], 0.0
+        if method == "draft":  # alone: the loop books its work as the target's
+            spent["draft"], spent[VERIFY] = spent["draft"] + spent[VERIFY], 0.0
         whole = spent.sum(skipna=False)
+        share, spent.index = 100 * spent[list(LM_PHASES)].sum() / whole, STAGES
         shares = {f"{phase} share %": 100 * seconds / whole for phase, seconds in spent.items()}
-        shares["LM share %"] = 100 * spent[list(LM_PHASES)].sum() / whole
+        shares["LM share %"] = share
         speed = {column: value for column, value in speed_columns(ours).items() if column.startswith("RTF speed-up")}
         lines.append({"system": NAMES[method], **spent, "RTF": whole, **shares, **speed, "n": len(ours)})
     return pd.DataFrame(lines).set_index("system")
@@ -205,10 +207,9 @@ def measured_and_predicted(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _quantity(name: str, theirs, ours: float, low=np.nan, high=np.nan, places: int = 2) -> dict[str, str]:
-    """One row of a comparison, as text; no interval where all resamples agree, as of one utterance."""
+    """One row of a comparison, as text."""
     there = theirs if isinstance(theirs, str) else number(theirs, places)
-    interval = () if low == high else (low, high)
-    return {"quantity": name, "paper": there, "here": number(ours, places, *interval)}
+    return {"quantity": name, "paper": there, "here": number(ours, places, low, high)}
 
 
 def _comparison(quantities) -> pd.DataFrame:
@@ -268,10 +269,14 @@ def stages_and_paper(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def number(value: float, places: int, low: float = np.nan, high: float = np.nan) -> str:
+    """Rounded, no minus before a zero; with its interval, unless that says the same again."""
     if pd.isna(value):
         return "–"
-    interval = f" [{low:.{places}f}, {high:.{places}f}]" if pd.notna(low) and pd.notna(high) else ""
-    return f"{value:.{places}f}{interval}"
+    if value == low == high == round(value):
+        return f"{value:z.0f}"  # a system beside itself
+    text, *bounds = (f"{x:z.{places}f}" for x in (value, low, high))
+    known = pd.notna(low) and pd.notna(high) and set(bounds) != {text}
+    return f"{text} [{', '.join(bounds)}]" if known else text
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -303,10 +308,11 @@ def readable_quality(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable_acceptance(table: pd.DataFrame) -> pd.DataFrame:
+    lines = list(table.itertuples())
     shown = {
         "at": [value if isinstance(value, str) else f"{value:g}" for value in table.value],
-        "accepted / judged": [number(x.acceptance, 3, x.low, x.high) for x in table.itertuples()],
-        "accepted / drafted": [number(value, 3) for value in table.of_drafted],
+        "accepted / judged": [number(x.acceptance, 3, x.low, x.high) for x in lines],
+        "accepted / drafted": [number(x.of_drafted, 3, x.of_drafted_low, x.of_drafted_high) for x in lines],
     }
     return pd.DataFrame({**shown, "judged": table.judged, "n": table.n}, index=table.index)
 

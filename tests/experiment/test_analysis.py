@@ -105,7 +105,7 @@ def test_quality_has_every_measure_of_every_system():
     same = table[table.measure == "length ratio"].iloc[0]
     assert same.difference == 1 and same.verdict == statistics.NOT_SHOWN
     text = tables.readable_quality(table)
-    assert "0.000 [0.000, 0.000]" in set(text["SSD or draft - autoregressive"]) and "± 0.02" in set(text.margin)
+    assert "0" in set(text["SSD or draft - autoregressive"]) and "± 0.02" in set(text.margin)
 
 
 # Curves

@@ -237,4 +237,4 @@ def test_where_the_papers_speedup_begins():
     table = speed.over_sizes(pd.DataFrame(rows))
     assert list(table["predicted speed-up"]) == pytest.approx([4 / 2.8, 4 / 1.6])
     assert speed.begins(pd.DataFrame(rows)).endswith("one layer: 2x128, 4x128.")
-    assert report.PRICES in report._predicted(pd.DataFrame(rows))
+    assert report.PRICES in report.predicted(pd.DataFrame(rows))

@@ -69,7 +69,10 @@ def test_report_makes_everything_from_rows_alone(fake, tmp_path, monkeypatch):
         assert len(pd.read_csv(folder / "tables" / f"{name}.csv")), name
         text = (folder / "tables" / f"{name}.md").read_text()
         assert text.startswith("| ") and "`ssd-repro run --profile quick`" in text
-        assert (folder / "figures" / f"{name}.svg").exists() == (exhibit.draw is not None)
+        assert text.splitlines()[0].count("|") - 1 <= 7, name  # what a page has room for
+        assert not re.search(r"-0\.?0*(?![.\d])|(\d+\.\d+) \[\1, \1\]", text.partition("\n\n")[0]), name
+        for kind in ("svg", "png", "pdf"):
+            assert (folder / "figures" / f"{name}.{kind}").exists() == (exhibit.draw is not None)
     text = readme.read_text()
     assert text.startswith("top\n<!-- table1 -->\n| system") and text.endswith(cell.format("6.0")) and "old" not in text
     assert "*SSD, paper*" in text and "of the judged drafts are accepted" in text

@@ -75,7 +75,7 @@ def test_stages_by_hand():
     table = tables.stages(three_systems())
     assert table.loc["Autoregressive", "RTF"] == pytest.approx((2.0 + 0.5) / 4)
     assert table.loc["Autoregressive", "LM share %"] == pytest.approx(100 * 2.0 / 2.5)
-    assert table.loc["Draft", "verify"] == 0 and table.loc["Draft", "draft"] == pytest.approx(0.9 / 4)
+    assert table.loc["Draft", "target"] == 0 and table.loc["Draft", "draft"] == pytest.approx(0.9 / 4)
     assert table.loc["SSD", "RTF speed-up"] == pytest.approx(2.5 / 2.0)
 
 
