@@ -65,7 +65,7 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
     class Watched(HiddenDrafter):
         def propose(self, tape, count, rng):
             tokens, p = super().propose(tape, count, rng)
-            rounds.append((tape.tokens(0, tape.size + count).clone(), tape.size, p))
+            rounds.append((tape.tokens(0, tape.size + len(tokens)).clone(), tape.size, p))
             return tokens, p
 
     def make(prefix, session):
