@@ -64,6 +64,8 @@ class DecodeConfig:
         check_number("confidence", self.confidence, 0.0, 1.0)
         if self.verification not in VERIFICATIONS:
             raise InputError(f"verification is {self.verification!r}; it must be {' or '.join(VERIFICATIONS)}.")
+        if self.verification == "block" and self.rule is not None:
+            raise InputError(f"rule is {self.rule!r}; block verification has a rule of its own: leave rule out.")
         if self.verification == "block" and self.tolerance:
             raise InputError(f"tolerance is {self.tolerance}; with block verification, which is exact, it must be 0.")
 

@@ -273,6 +273,7 @@ def test_nan_is_an_error_jointly_too():
         ({"verification": "joint"}, "verification is 'joint'; it must be token or block"),
         ({"verification": None}, "verification is None"),
         ({"verification": "block", "tolerance": 0.4}, "tolerance is 0.4; with block verification"),
+        ({"verification": "block", "tolerance": 0, "rule": Tolerance(0)}, "block verification has a rule of its own"),
         ({"confidence": -0.1}, "confidence is -0.1"),
         ({"confidence": 1.1}, "confidence is 1.1"),
         ({"confidence": "0.4"}, "confidence is '0.4'"),
