@@ -73,8 +73,9 @@ def acceptance(table: pd.DataFrame, ax) -> None:
         ("of_drafted", "of_drafted_low", "of_drafted_high", "accepted / drafted tokens", "s--"),
     ):
         ax = axes["beta"]
-        ax.vlines(large.value.astype(float), large[low], large[high], color=SSD, linewidth=2)
-        ax.plot(large.value.astype(float), large[name], style, color=SSD, markersize=3, label=label)
+        away = large[name] - large[low], large[high] - large[name]
+        how = {"color": SSD, "markersize": 3, "capsize": 5}
+        ax.errorbar(large.value.astype(float), large[name], away, fmt=style, label=f"{label}, 95 % interval", **how)
     ax.set(xlabel=maths("tolerance beta"), ylabel="acceptance rate")
     ax.legend(frameon=False, loc="lower right")
     ax.grid(axis="y", alpha=0.3)
@@ -100,7 +101,7 @@ def _small(ax, part: pd.DataFrame, curve: str, inner: bool) -> None:
     elif (part["value"] % 1 == 0).all():
         ax.set_xticks(part["value"].astype(int)[:: 1 + len(part) // 5])
     else:
-        ax.locator_params(axis="x", nbins=3)
+        ax.set_xticks(ends := [x.min(), x.max()], [f"{end:g}" for end in ends])
     ax.set_title(maths(SMALL.get(curve, curve)), loc="left", fontsize=9)
     ax.tick_params(labelleft=not inner)
     ax.grid(axis="y", alpha=0.3)

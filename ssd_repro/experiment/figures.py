@@ -124,7 +124,8 @@ def _share_of_lm(table: pd.DataFrame) -> str:
     if len(table) == 1:
         return text
     faster = number(last["RTF speed-up"], 2, last["RTF speed-up_low"], last["RTF speed-up_high"])
-    return f"{text}; with {last.name} the whole is {faster} times as fast, and the share {last['LM share %']:.0f} %"
+    share = number(last["LM share %"], 0)
+    return f"{text}; with {last.name} the whole is {faster} times as fast, and the share {share} %"
 
 
 def _stacked(ax, y: float, line: pd.Series, base: float) -> None:
@@ -139,7 +140,7 @@ def _stacked(ax, y: float, line: pd.Series, base: float) -> None:
         elif share > 0:
             small.append(f"{LABELS.get(stage, stage).split()[0]} {share:.1f}" if share >= 0.05 else f"{stage} < 0.1")
         left += width
-    words = f"RTF {line['RTF']:.3f}\n" + ", ".join(small) + " %" * bool(small)
+    words = f"RTF {number(line['RTF'], 3)}\n" + ", ".join(small) + " %" * bool(small)
     ax.text(left + 1.5, y, words, va="center", fontsize=9)
 
 

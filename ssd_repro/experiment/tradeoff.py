@@ -84,15 +84,19 @@ def draw(table: pd.DataFrame, ax) -> None:
 
 
 def _betas(ax, table: pd.DataFrame) -> None:
-    """Beside each point of ours its beta, unless another label stands there; of the paper's first and last."""
+    """Beside each point of ours its beta, unless another label stands there; of the paper's first and last.
+
+    Those of the paper's draft stand on the right of their points, those of other drafters on the left.
+    """
     taken, points = [], table[table.beta.notna()]
     ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3}
     aside = {"textcoords": "offset points", "fontsize": 8.5, "bbox": ground}
-    for _, line in points[points["of"] == "here"].iterrows():
-        x, y = line["WER %"], line["speed-up"]
-        if all(abs(x - a) > 1 or abs(y - b) > 0.05 for a, b in taken):
-            taken.append((x, y))
-            ax.annotate(maths(f"beta {line.beta:g}"), (x, y), (7, -11), **aside)
+    for system, line in points[points["of"] == "here"].iterrows():
+        x, y, other = line["WER %"], line["speed-up"], bool(line.drafter)
+        if all(abs(x - a) > 1 or abs(y - b) > 0.05 or other != c for a, b, c in taken):
+            taken.append((x, y, other))
+            place = {"xytext": (-6, 5) if other else (7, -11), "ha": "right" if other else "left"}
+            ax.annotate(maths(f"beta {line.beta:g}"), (x, y), color=colour(system), **place, **aside)
     theirs = points[points["of"] == "paper"]
     for end, below in ((theirs.beta.idxmin(), -15), (theirs.beta.idxmax(), 8)):
         line = theirs.loc[end]

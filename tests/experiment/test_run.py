@@ -148,7 +148,7 @@ def test_killed_at_20_random_moments_no_row_is_lost_or_doubled(fake, tmp_path, m
             report.show(exhibit, report.rows_of_run(tmp_path / name, "01_table1")[0], tmp_path / name, about)
         paths = [p for kind in ("tables", "figures") for p in sorted((tmp_path / name / kind).iterdir())]
         made[name] = {path.name: path.read_bytes() for path in paths}
-    assert made["undisturbed"] == made["killed"] and len(made["killed"]) == 8
+    assert made["undisturbed"] == made["killed"] and len(made["killed"]) == 9
 
 
 def test_rows_of_another_grid_are_not_made_again(fake, tmp_path):
@@ -230,6 +230,9 @@ def test_kinds_of_tokens_by_their_sound(fake):
     audio[begin : begin + 960] *= 0.001
     assert rows_module.token_kinds(replace(take, audio=audio)) == "....." + "s" * (first - 4) + "." + "s" * (second - 2)
     assert rows_module.token_kinds(replace(take, audio=audio[:-1])) == ""  # not as long as its tokens
+    loud = rows_module.loudness(replace(take, audio=audio))
+    assert len(loud) == first + second and loud[:5] < "h" * 5 and max(loud) == "z"  # 60 dB lower, and the loudest
+    assert rows_module.loudness(replace(take, audio=audio[:-1])) == ""
 
 
 class SometimesEmpty(fake_voice.FakeVoice):
