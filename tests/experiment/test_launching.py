@@ -109,7 +109,7 @@ def test_processes_end_with_their_parent_and_the_next_run_makes_the_rows_of_one(
     _, error = going.communicate()
     assert going.returncode == 0, error
     rows = rows_of(tmp_path, "draft_length")
-    assert len(rows) == len({row["key"] for row in rows}) == 3 * 24
+    assert len(rows) == len({row["key"] for row in rows}) == 2 * 24
     assert {row["processes"] for row in rows} == {2} and not any(row["scored"] for row in rows)
     assert "in each of 2 processes" in (tmp_path / "out" / "tables" / "figure3.md").read_text()
     assert os.listdir(tmp_path / "out" / "figures") and (tmp_path / "out" / "03_draft_length.ipynb").exists()
