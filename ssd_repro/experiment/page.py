@@ -176,7 +176,9 @@ def figure(place: Path, name: str) -> str:
     if not place.is_file():
         return ""
     svg = place.read_text("utf-8")
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL
+    )
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="figure {name}" ', 1)
     return f'<figure {SCROLL.format(f"figure {name}")} id="figure-{name}">{svg}</figure>'

@@ -95,6 +95,7 @@ _SHARES = ("RTF", *(f"{part} share %" for part in ("draft", "target", "codec", "
 _PREDICTED = ("L_d", "draft / target step", "verification / target step", "measured", "formula", "costs")
 _ACCEPTED = ["accepted / drafted tokens", "tokens per target call", tables.SPEEDUP]
 PRICED = "09_price_of_tolerance"
+_RULES = ("drafter", "parameter", "acceptance", "TV", "excess", "target cannot say")
 _PRICES = {"shape": (1, 2), "size": (WIDTH, 4.4), "readable": speed.readable_prices}
 _LENGTHS = tuple(f"{system}, {unit}" for unit in ("ms / token", "MB") for system in ("autoregressive", "SSD"))
 _WER = {"WER %": "WER, points"}
@@ -193,9 +194,13 @@ EXHIBITS = {
     "growth_length": Exhibit(
         "08_growth", speed.over_lengths, LENGTHS, speed.draw_lengths, (1, 2), (WIDTH, 4), page=(*_LENGTHS, "speed-up")
     ),
-    "price": Exhibit(PRICED, price.frontier, PRICE, price.draw, (1, 2), (12, 5), price.readable),
-    "price_equal": Exhibit(PRICED, price.at_equal_acceptance, EQUAL, readable=price.readable, at_setting=True),
-    "price_heard": Exhibit(PRICED, price.heard, HEARD),
+    "price": Exhibit(PRICED, price.frontier, PRICE, price.draw, (1, 2), (WIDTH, 4.4), price.readable, page=_RULES),
+    "price_equal": Exhibit(
+        PRICED, price.at_equal_acceptance, EQUAL, readable=price.readable, at_setting=True, page=_RULES
+    ),
+    "price_heard": Exhibit(
+        PRICED, price.heard, HEARD, page=("WER %", "more WER", "acceptance", "tokens per target call", "n")
+    ),
 }
 
 

@@ -274,6 +274,7 @@ def number(value: float, places: int, low: float = np.nan, high: float = np.nan)
         return "–"
     if value == low == high == round(value):
         return f"{value:z.0f}"  # a system beside itself
+    low, high = (np.nan if bound is None else bound for bound in (low, high))
     text, *bounds = (f"{x:z.{places}f}" for x in (value, low, high))
     known = pd.notna(low) and pd.notna(high) and set(bounds) != {text}
     return f"{text} [{', '.join(bounds)}]" if known else text

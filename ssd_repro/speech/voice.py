@@ -204,6 +204,7 @@ class Voice:
         seed: int = 0,
         temperature: float | None = None,
         drafter: str = "paper",
+        rule: str | None = None,
         verification: str = "token",
         confidence: float = 0.0,
     ) -> Iterator[np.ndarray]:
@@ -213,10 +214,10 @@ class Voice:
         all before it, so that making the piece's sound from its beginning again costs no more than twice. Raises
         InputError.
         """
-        how = (temperature, drafter, verification, confidence)
-        text = self.check(text, method, voice, tolerance, draft_length, seed, *how)
+        how = (temperature, rule, verification, confidence)
+        text = self.check(text, method, voice, tolerance, draft_length, seed, temperature, drafter, *how[1:])
         settings = (method, voice, tolerance, draft_length, torch.Generator(self.device).manual_seed(seed), drafter)
-        return self._stream(text, voice, settings, self._decoding(temperature, verification, confidence))
+        return self._stream(text, voice, settings, self._decoding(*how))
 
     def _stream(self, text: str, voice: str, settings: tuple, decoding: dict) -> Iterator[np.ndarray]:
         lookahead = self.front.lookahead
