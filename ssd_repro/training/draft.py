@@ -89,10 +89,13 @@ def train_draft(
     recipe: str = "paper",
     loss: str = "",
     drafter: str = "paper",
+    begin: HiddenDraft | None = None,
     accelerator=None,
     log=print,
 ) -> tuple[SpeechLM | HiddenDraft, list[dict]]:
     """Train a draft -> the draft, and the rows of the log (``loop.train``, ``DraftTask.forward``, ``HiddenTask``).
+
+    begin: of the hidden-state drafter, the weights that it goes on from.
 
     ``out`` gets log.jsonl, checkpoint.pt while it runs, draft.safetensors and draft.json when it is
     done; the same call goes on from there. InputError if it holds another run.
@@ -104,6 +107,7 @@ def train_draft(
     out, accelerator = Path(out), accelerator or processes()
     facts = {"recipe": recipe, "loss": loss, "drafter": drafter, "target": checkpoints.weights_sha256(target.lm)}
     facts["until"] = settings.until  # a draft that is done does not go on
+    facts["begin"] = begin and checkpoints.weights_sha256(begin)
     ours = identity(settings, facts, learned, dev)
 
     def finished() -> tuple[SpeechLM, list[dict]]:
@@ -114,7 +118,7 @@ def train_draft(
     if done := agree(accelerator, lambda: (out / "draft.json").exists() and finished()):
         return done
     target.lm.to(accelerator.device).eval()
-    task = HiddenTask(target) if drafter == "hidden" else DraftTask(target, loss)
+    task = HiddenTask(target, begin) if drafter == "hidden" else DraftTask(target, loss)
     rows = run_training(task, learned, dev, settings, out, facts, accelerator, log)
     if accelerator.is_main_process:
         about = {"identity": ours, "settings": asdict(settings), "processes": accelerator.num_processes}
@@ -165,4 +169,5 @@ def train(
             asked = [group[0] for group in held + rest[:samples]]  # renderings of a text have the same text
             spoken, ids = sample(target, asked, settings, Path(out) / "samples", accelerator, log), {o.id for o in dev}
             learned, dev = ([example for example in spoken if (example.id in ids) == kept] for kept in (False, True))
-        return train_draft(target, learned, dev, settings, out, recipe, loss, drafter, accelerator, log)
+        how = {"accelerator": accelerator, "log": log}
+        return train_draft(target, learned, dev, settings, out, recipe, loss, drafter, **how)

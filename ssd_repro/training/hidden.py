@@ -30,12 +30,17 @@ class HiddenTask(Task):
     the two have nothing in common (weights as DSpark's, Cheng et al. 2026).
     """
 
-    def __init__(self, target: Target):
+    def __init__(self, target: Target, begin: HiddenDraft | None = None):
+        """begin: a drafter of this target whose weights are gone on from; None: ``HiddenDraft.begin_from``."""
         super().__init__()
         if not isinstance(target.lm, SpeechLM):
             raise InputError(f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there")
         target.lm.requires_grad_(False)
-        self.target, self.draft = target, HiddenDraft(target.lm).begin_from(target.lm)
+        self.target, self.draft = target, HiddenDraft(target.lm)
+        if begin is None:
+            self.draft.begin_from(target.lm)
+        else:
+            self.draft.load_state_dict(begin.state_dict())
         target.lm.taps = self.draft.taps
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:

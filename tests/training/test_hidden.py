@@ -28,13 +28,13 @@ def tiny_target():
     return voice_target(lm, 6561, SAMPLER, (1.2, 2.6), {})
 
 
-def train(out, steps=40, until=0):
+def train(out, steps=40, until=0, begin=None, rate=1e-2):
     settings = Settings(
-        steps, batch=6, warmup=2, save_every=10, precision="fp32", learning_rate=1e-2, until=until, weight_decay=1e-9
+        steps, batch=6, warmup=2, save_every=10, precision="fp32", learning_rate=rate, until=until, weight_decay=1e-9
     )
     everyone = utterances(24)
     return draft_module.train_draft(
-        tiny_target(), everyone[4:], everyone[:4], settings, out, drafter="hidden", log=lambda _: None
+        tiny_target(), everyone[4:], everyone[:4], settings, out, drafter="hidden", begin=begin, log=lambda _: None
     )
 
 
@@ -50,6 +50,16 @@ def test_it_learns_every_step_ahead(trained):
     for k in range(1, 5):
         assert evaluated[-1][f"dev_acceptance_{k}"] > 1.1 * evaluated[0][f"dev_acceptance_{k}"]
     assert rows[-1]["dev_loss"] == pytest.approx(1 - sum(rows[-1][f"dev_acceptance_{k}"] for k in range(1, 5)) / 4)
+
+
+def test_it_goes_on_from_a_drafter(trained, tmp_path):
+    _, before, rows = trained
+    after, more = train(tmp_path, steps=1, begin=before, rate=1e-9)
+    for (name, old), new in zip(own_parameters(before).items(), own_parameters(after).values(), strict=True):
+        torch.testing.assert_close(new, old, atol=1e-6, rtol=0, msg=name)
+    assert more[-1]["dev_loss"] == pytest.approx(rows[-1]["dev_loss"], abs=1e-5)
+    with pytest.raises(InputError, match="is of a run with begin"):
+        train(tmp_path, steps=1, begin=train(tmp_path / "other", steps=3)[0], rate=1e-9)
 
 
 def test_it_is_kept_without_what_is_the_targets_and_read_again(trained):
