@@ -9,7 +9,7 @@ from ssd_repro.errors import InputError
 from ssd_repro.experiment import front
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = ROOT / "results" / "deep"
+COMMITTED = ROOT / "results" / "mini"
 PAGE = "top\n\n**Measured:** old\n\n| | WER %, here | old\n\n**Why:** old\n\nend\n"
 
 
