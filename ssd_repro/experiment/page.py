@@ -64,7 +64,7 @@ def claims(folder: Path, known: dict) -> str:
         if names:
             headings.setdefault(max(names, key=lambda name: systems[name].speed), heading)
     cards = "".join(card(heading, systems[name], base) for name, heading in headings.items())
-    priced = "".join(price(one) for one in systems.values())
+    priced = "".join(price(one) for one in systems.values() if one.fixed)
     filled = {"cards": cards, "count": len(base), "why": why(systems[papers]), "rows": priced}
     return PRICES.format(**filled, voice=escape(about["weights"]))
 
@@ -80,6 +80,7 @@ class System:
             self.found[name] for name in ("draft / target step", "verification / target step", "tokens per round")
         )
         self.round = length * self.draft + self.verify
+        self.fixed = "confidence" not in rows or rows.confidence.isna().all()  # theory knows one draft length a round
 
 
 def card(heading: str, one: System, base: pd.DataFrame) -> str:
@@ -129,7 +130,7 @@ PRICES = """<div class="cards">{cards}</div>
 <th>V, verification</th><th>L<sub>d</sub>·c&nbsp;+&nbsp;V</th><th>speed-up, predicted</th><th>measured</th>
 <th>paper</th></tr></thead><tbody>{rows}</tbody></table></div>
 <p class="note">c and V in steps of the target. Predicted per token, measured per second of audio; tokens per target
-call counts the prefill as a call.</p>"""
+call counts the prefill as a call. Settings with an adaptive draft length have no such prediction.</p>"""
 
 
 # Settings, results, origin
