@@ -34,7 +34,7 @@ def train(out, steps=40, until=0, begin=None, rate=1e-2):
     )
     everyone = utterances(24)
     return draft_module.train_draft(
-        tiny_target(), everyone[4:], everyone[:4], settings, out, drafter="hidden", begin=begin, log=lambda _: None
+        tiny_target(), everyone, everyone[:4], settings, out, drafter="hidden", begin=begin, log=lambda _: None
     )
 
 
@@ -45,6 +45,7 @@ def trained(tmp_path_factory):
 
 
 def test_it_learns_every_step_ahead(trained):
+    """Of utterances that it learned from: made at random, they teach nothing of others."""
     _, _, rows = trained
     evaluated = [row for row in rows if "dev_loss" in row]
     for k in range(1, 5):
