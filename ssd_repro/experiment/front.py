@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import InputError
-from . import paper, tables
+from . import paper
+from .conclusions import value
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
 BETA = 0.4  # of the paper's Table 1
@@ -52,22 +53,18 @@ def _fastest(table: pd.DataFrame, setting: str) -> pd.Series | None:
     return None if some.empty else some.loc[some["speed-up"].idxmax()]
 
 
-def _speedup(row: pd.Series) -> str:
-    return tables.number(row["speed-up"], 2, row["speed-up_low"], row["speed-up_high"])
-
-
 def _claim(table: pd.DataFrame, lossless: pd.Series | None) -> str:
     ssd, alone, theirs = table.loc["SSD"], table.loc["Autoregressive"], paper.NUMBERS["speed-up"]
     said = (
-        f"{BEGINS[0]} with the paper's recipe at beta {BETA:g} speech is made {_speedup(ssd)} times as fast as by the "
-        f"target alone (the paper: {theirs[BETA]:.2f}), and its word error rate goes from {alone['WER %']:.1f} to "
-        f"{ssd['WER %']:.1f} %."
+        f"{BEGINS[0]} with the paper's recipe at beta {BETA:g} speech is made {value(ssd, 'speed-up')} times as "
+        f"fast as by the target alone (the paper: {theirs[BETA]:.2f}), and its word error rate goes from "
+        f"{alone['WER %']:.1f} to {ssd['WER %']:.1f} %."
     )
     if lossless is None:
         return said
     return (
         f"{said} Without any loss (beta 0: exactly the target's distribution) the best drafter here makes it "
-        f"{_speedup(lossless)} times as fast (the paper: {theirs[0.0]:.2f})."
+        f"{value(lossless, 'speed-up')} times as fast (the paper: {theirs[0.0]:.2f})."
     )
 
 
@@ -75,7 +72,7 @@ def _table(rows: dict[str, tuple[pd.Series, pd.Series | None]]) -> str:
     lines = [f"{BEGINS[1]} speed-up, here | WER %, paper | speed-up, paper |", "| --- | --: | --: | --: | --: |"]
     for name, (ours, theirs) in rows.items():
         wer, gain = ("–", "–") if theirs is None else (f"{theirs['WER %']:.1f}", f"{theirs['speed-up']:.2f}")
-        here, gain = ("1", "1") if ours.name == "Autoregressive" else (_speedup(ours), gain)
+        here, gain = ("1", "1") if ours.name == "Autoregressive" else (value(ours, "speed-up"), gain)
         lines.append(f"| {name} | {ours['WER %']:.1f} | {here} | {wer} | {gain} |")
     return "\n".join(lines)
 

@@ -64,7 +64,8 @@ class Target:
 
     def described(self) -> dict:
         """``decoding`` for JSON: its lengths for 100 text tokens."""
-        return {name: value for name, value in asdict(self.config(100)).items() if name != "rule"}  # of drafts
+        drafting = ("rule", "verification", "confidence")  # no part of how the target speaks by itself
+        return {name: value for name, value in asdict(self.config(100)).items() if name not in drafting}
 
     @torch.no_grad()
     def collate(self, examples: list[Example]):
