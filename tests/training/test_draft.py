@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from toys import tiny_lm
 
 from ssd_repro import cli
+from ssd_repro.decoding.rules import TopK
 from ssd_repro.decoding.sampling import Sampler, probabilities
 from ssd_repro.errors import InputError
 from ssd_repro.models import checkpoints
@@ -210,6 +211,20 @@ def test_samples_are_what_the_deployed_target_says(world, on_policy):
     assert first == second == made[0] != other
     cut = target.collate([replace(one, stopped=False)])
     assert cut.labels.tolist() == made[0]["speech"] and len(cut.history) == int(cut.at.sum()) == len(cut.labels)
+
+
+def test_how_drafts_are_judged_is_no_part_of_how_a_target_speaks(world):
+    """Samples that were made before there were rules, block verification and confidence stay those of this target."""
+    target = load_target(world / "voice")
+
+    def described(**changes):
+        return replace(target, config=lambda n: replace(target.config(n), **changes)).described()
+
+    assert described() == target.described()
+    assert described(rule=TopK(5)) == target.described()
+    assert described(confidence=0.5) == target.described()
+    assert described(verification="block", tolerance=0.0) == described(tolerance=0.0)
+    assert described(sampler=replace(target.config(100).sampler, temperature=0.5)) != target.described()
 
 
 # What is learned
