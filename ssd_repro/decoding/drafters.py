@@ -126,6 +126,8 @@ class Stepwise:
     """
 
     calls: int
+    session: Session  # its own
+    ready: Tensor | None = None  # (1, n, hidden), of a drafter that carries something from round to round
 
     def step(self, tape: Tape, position: int) -> Tensor:
         """Logits (1, V) for ``position``, that of the next token; from tape.size on, in turn."""
@@ -174,7 +176,7 @@ class HiddenDrafter(Stepwise):
 
     def __init__(self, model: HiddenModel, prefix: Tensor, target: Session) -> None:
         """Prefills with prefix (1, T, hidden), T >= 2, which ``target`` has just been prefilled with."""
-        self.model, self.target, self.seen = model, target, target.features
+        self.model, self.target = model, target
         features = model.reduce(target.features)
         self.session, self.calls = model.open(), 1
         self.session.feed(model.join(features[:, :-1], prefix[:, 1:]))
@@ -191,7 +193,7 @@ class HiddenDrafter(Stepwise):
 
     def rollback(self, size: int) -> None:
         self.session.crop(self.known)
-        if self.target.features is not self.seen:
-            self.seen = self.target.features
-            self.ready = torch.cat((self.ready, self.model.reduce(self.seen[:, : size - self.size])), 1)
+        if self.size:  # the first token came from the prefill, whose hidden states are known
+            news = self.target.features[:, : size - self.size]
+            self.ready = torch.cat((self.ready, self.model.reduce(news)), 1)
         self.size = size

@@ -240,12 +240,13 @@ def _rounds(
     config: DecodeConfig,
     generator: torch.Generator,
 ) -> Generator[list[int], None, DecodeResult]:
-    """The loop. The first token comes from the prefill; one host read a round (``_judge``)."""
+    """The loop. The first token comes from the prefill; one host read a round (``_read``)."""
     clock = Clock(prefix.device)
     session = target.session()
     logits = session.prefill(prefix)  # (1, V)
     start, target_calls = session.length, 1
-    tape = Tape.empty(config, logits)
+    blocks = session.blocks(config, logits, generator) if hasattr(session, "blocks") else Blocks(config, logits, generator)
+    tape = blocks.tape
     drafter = make_drafter(prefix, session) if make_drafter else None
     clock.lap("prefill")
 
@@ -257,14 +258,15 @@ def _rounds(
         count = min(config.draft_length, room) if drafter and rounds else 0
         drafted, p = tape.tokens(tape.size, tape.size), logits[:0].float()
         if count:
-            drafted, p = drafter.propose(tape, count, generator)  # (n,), (n, V), n <= count
+            drafted, p = blocks.propose(drafter, count)  # (n,), (n, V), n <= count
         clock.lap("draft")
 
         if rounds:
-            logits = session.extend(tape.tokens(tape.size - 1, tape.size + len(drafted))[None])[0]
+            report = blocks.judge(session, drafted, p)
             target_calls += 1
-        q = tape.probabilities(logits, tape.size)  # (n + 1, V)
-        accepted, proposal, news = _judge(p, q, drafted, tape, config, generator)
+        else:
+            report = judge(logits, drafted, p, tape, config, blocks.generator)
+        accepted, proposal, news = _read(report, tape)
         clock.lap("verify")
 
         stop = next((i for i, token in enumerate(news) if token in config.stop_ids), None)
@@ -282,31 +284,63 @@ def _rounds(
         if speech:
             yield speech
             clock.lap(None)
+    blocks.close()
     calls = target_calls, drafter.calls if drafter else 0
     return DecodeResult(tuple(tokens), stopped, tuple(rounds), *calls, clock.seconds(), stop_token)
 
 
-def _judge(
-    p: Tensor, q: Tensor, drafted: Tensor, tape: Tape, config: DecodeConfig, generator: torch.Generator
-) -> tuple[int, list[int], list[int]]:
-    """Verify, and read the round's ONE report on the host.
+class Blocks:
+    """The two blocks of a round, on one sequence's tape; a runtime may record them and play them back.
 
-    -> accepted count n, drafted tokens, new tokens (n accepted + 1); the tape holds the new
-    ones. NumericsError if p (L, V) or q (L+1, V) holds a NaN.
+    Nothing in a block depends on what the host has read since the block began.
     """
+
+    def __init__(self, config: DecodeConfig, logits: Tensor, generator: torch.Generator) -> None:
+        """logits (1, V): the prefill's."""
+        self.config, self.generator, self.tape = config, generator, Tape.empty(config, logits)
+
+    def propose(self, drafter: Drafter, count: int) -> tuple[Tensor, Tensor]:
+        """As ``Drafter.propose``."""
+        return drafter.propose(self.tape, count, self.generator)
+
+    def judge(self, session: Session, drafted: Tensor, p: Tensor) -> Tensor:
+        """The target's one forward over the newest token and the drafted ones (n,), and ``judge``: its report."""
+        tape = self.tape
+        logits = session.extend(tape.tokens(tape.size - 1, tape.size + len(drafted))[None])[0]
+        return judge(logits, drafted, p, tape, self.config, self.generator)
+
+    def close(self) -> None:
+        """The sequence is at its end."""
+
+
+def judge(
+    logits: Tensor, drafted: Tensor, p: Tensor, tape: Tape, config: DecodeConfig, generator: torch.Generator
+) -> Tensor:
+    """Verify drafted (n,), from p (n, V), by the target's logits (n + 1, V) -> the round's ONE report for the host.
+
+    int64 (3 + n,): whether p or q holds a NaN, how many are accepted, the token after them, and the drafted ones.
+    """
+    q = tape.probabilities(logits, tape.size)
     if config.verification == "block":
         accepted, added = verify_block(p, q, drafted, generator)
     else:
         accepted, added = verify(p, q, drafted, config.rule or Tolerance(config.tolerance), generator)
     broken = (p.sum() + q.sum()).isnan()  # NaN rows of logits stay NaN rows
-    report = torch.cat((torch.stack((broken, accepted, added)), drafted))
+    return torch.cat((torch.stack((broken, accepted, added)), drafted))
+
+
+def _read(report: Tensor, tape: Tape) -> tuple[int, list[int], list[int]]:
+    """The report on the host -> accepted count n, drafted tokens, new tokens (n accepted + 1).
+
+    The tape then holds the new ones. NumericsError if p or q held a NaN.
+    """
     broken, n, token, *proposal = report.tolist()
     if broken:
         raise NumericsError(
             f"the model's logits are not numbers (NaN), or leave nothing to draw, at speech token {tape.size}; "
             "check its weights and its precision."
         )
-    tape.write(tape.size + n, added)
+    tape.write(tape.size + n, report[2])
     return n, proposal, [*proposal[:n], token]
 
 

@@ -58,6 +58,13 @@ class HiddenDraft(nn.Module):
         self.joiner.weight.mul_(0.1)[:, :hidden].add_(torch.eye(hidden))
         return self
 
+    def cast(self, precision: str) -> HiddenDraft:
+        """As ``SpeechLM.cast``; the speech embedding is the target's, and changes with it."""
+        self.lm.cast(precision)
+        for matrix in (self.reducer, self.joiner):
+            matrix.to(self.lm.head.weight.dtype)
+        return self
+
     def reduce(self, features: Tensor) -> Tensor:
         return self.reducer(features)
 

@@ -83,8 +83,10 @@ def load(
         with_runtime, runtime=runtime, precision=precision, threads=threads, max_length=max_length or 1024
     )
     drafters = {}
-    if hidden and runtime != "graphs":  # static sessions hand out no hidden states
+    if hidden:
         hidden.to(device).requires_grad_(False).eval()
+        if runtime != "openvino":  # there the matrices around the layer stay in fp32, as hidden states come in it
+            hidden.cast(precision)
         target.taps, drafters["hidden"] = hidden.taps, HiddenDraftLM(hidden, running(hidden.lm))
     return Voice(front, *lms, weights_id, device, tuple(map(running, lms)), drafters, precision, runtime, threads)
 

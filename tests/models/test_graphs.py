@@ -16,7 +16,9 @@ from ssd_repro.decoding.sampling import Sampler, probabilities
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
 from ssd_repro.models.draft import make_draft
-from ssd_repro.models.runtimes.graphs import StaticLM
+from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
+from ssd_repro.models.runtimes import graphs
+from ssd_repro.models.runtimes.graphs import FixedCache, StaticLM, StaticSession
 from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
 
 TARGET = tiny_lm(layers=2)
@@ -120,85 +122,136 @@ def test_caches_are_used_again_and_clean():
 @pytest.mark.parametrize("draft_length", [1, 2, 3])
 def test_a_verification_is_fed_as_long_as_it_is(draft_length, monkeypatch):
     """Padded to 4 positions, as it was once, a verification at L_d 2 has the price of L_d 3."""
-    fed, step = [], StaticLM._step
-    monkeypatch.setattr(StaticLM, "_step", lambda model, n: fed.append(n) or step(model, n))
+    fed, feed = [], StaticSession._feed
+    monkeypatch.setattr(StaticSession, "_feed", lambda session, x: fed.append(x.shape[1]) or feed(session, x))
     speculative(StaticLM(TARGET, 40), DRAFT, PREFIX, config(draft_length=draft_length, stop_ids=()), generator())
-    assert max(fed) == draft_length + 1
+    assert max(fed[1:]) == draft_length + 1
 
 
-# --- compiled -----------------------------------------------------------------------------------
+# --- recorded -----------------------------------------------------------------------------------
 
 
-def test_one_compilation_for_each_number_of_tokens(monkeypatch):
-    """torch.compile without its C++: how often it traces, in one graph without a break.
+@pytest.fixture
+def recorded(monkeypatch):
+    """Recording as a CUDA graph does it: what the host knew is frozen, memory is read when it is played.
 
-    As with CUDA graphs, what a compiled forward returned is worth nothing after the next one,
-    and the caches are inputs whose addresses stay.
+    A replay runs the block with the host's numbers of its recording, on the caches and the tape as they are
+    now, and puts its results where those of the recording were. -> the keys of what was recorded
     """
-    graphs, asked, outputs, fixed, real = [], [], [], [], torch.compile
+    made = []
 
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
+    def capture(block, holders, _):
+        frozen = [dict(vars(holder)) for holder in holders]
+        state = holders[0].kept.generator.get_state()
+        output = block()  # CUDA computes nothing here: what this drew is drawn again
+        holders[0].kept.generator.set_state(state)
+        after = [dict(vars(holder)) for holder in holders]
+        objects = list(holders)
+        made.append(block)
 
-    def without_inductor(function, *, mode, fullgraph, dynamic, isolate_recompiles):
-        asked.append((mode, fullgraph, dynamic, isolate_recompiles))
-        compiled = real(function, backend=backend, fullgraph=True, dynamic=False, isolate_recompiles=True)
+        def replay():
+            now = [dict(vars(each)) for each in objects]
+            for each, old in zip(objects, frozen, strict=True):
+                vars(each).update(old)
+            outputs(output, block())
+            for each, old, was in zip(objects, after, now, strict=True):
+                for name, value in old.items():
+                    fresh = vars(each)[name]
+                    if isinstance(value, torch.Tensor) and fresh is not value and value.shape == fresh.shape:
+                        value.copy_(fresh)
+                vars(each).update(was)
 
-        def replay(*inputs):
-            for old in outputs:
-                old.fill_(math.nan)
-            outputs[:] = [compiled(*inputs)]
-            return outputs[0]
+        return replay, output
 
-        return replay
+    def outputs(kept, new):
+        for old, fresh in zip(kept, new, strict=True) if isinstance(kept, tuple) else [(kept, new)]:
+            old.copy_(fresh)
 
-    monkeypatch.setattr(torch._dynamo, "mark_static_address", fixed.append)
-    monkeypatch.setattr(torch, "compile", without_inductor)
-    models = [StaticLM(lm, 40, compile=True) for lm in (TARGET, DRAFT)]
-    for seed in range(2):
-        cfg = config(stop_ids=(), max_tokens=20 + seed)
-        kept = [speculative(*models, PREFIX, cfg, generator(seed))]
-        kept.append(autoregressive(models[0], PREFIX, cfg, generator(seed)))
-        assert kept[0].tokens == speculative(TARGET, DRAFT, PREFIX, cfg, generator(seed)).tokens
-        assert kept[1].tokens == autoregressive(TARGET, PREFIX, cfg, generator(seed)).tokens
-        held = models[0].session()  # open: the next request gets another cache
-        held.prefill(PREFIX)
-        logits = held.extend(torch.tensor([[1]]))
-        held.extend(torch.tensor([[2]]))
-        assert logits.isfinite().all()  # kept over the next forward
-    counts = sum(model.step.cache_info().currsize for model in models)
-    assert 4 <= counts <= 8 and len(graphs) == counts
-    assert len(fixed) == sum(len(lm.model.layers) * 2 for lm in (TARGET, TARGET, DRAFT))
-    assert set(asked) == {("reduce-overhead", True, False, True)}
+    monkeypatch.setattr(graphs, "capture", capture)
+    return made
 
 
-def test_compiled_by_inductor():
-    from torch._inductor import cpp_builder, exc
+def one_cache(lm):
+    """One cache for all sequences, as where they come one after another; here the recordings hold the sessions."""
+    model, cache = StaticLM(lm, 60, record=True), FixedCache(lm, 60)
 
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        pytest.skip("torch.compile needs a C++ compiler on the CPU and none is found")
-    torch.manual_seed(0)
-    lm = SpeechLM(small_qwen2(16, 32, 1, 4, 2, vocab=5, initializer_range=0.3), 13).eval()
-    model = StaticLM(lm, 16, compile=True)
-    dynamic, static = lm.session(), model.session()
-    with torch.inference_mode():
-        assert torch.equal(static.prefill(PREFIX), dynamic.prefill(PREFIX))
-        for tokens in ([3, 4], [6, 7]):
-            got, want = (session.extend(torch.tensor([tokens])) for session in (static, dynamic))
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-            for session in (dynamic, static):
-                session.crop(session.length - 1)
+    def take():
+        for tensor in (*cache.keys, *cache.values, cache.at):
+            tensor.zero_()
+        return cache
+
+    model.take = take
+    return model
 
 
-def test_an_old_torch_says_so(monkeypatch):
-    def compile(model=None, *, fullgraph=False, dynamic=None, mode=None): ...
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize("least", [0, 9])
+def test_recorded_blocks_say_what_the_loop_says(recorded, verification, least):
+    target, draft = one_cache(TARGET), one_cache(DRAFT)
+    for seed in range(12):
+        prefix = torch.randn(1, 3 + seed % 4, 16, generator=generator(seed))
+        cfg = config(max_tokens=20 + seed, min_tokens=least, verification=verification)
+        want = speculative(TARGET, DRAFT, prefix, cfg, generator(seed))
+        mine = generator(seed)
+        found = speculative(target, draft, prefix, cfg, mine)
+        assert found.tokens == want.tokens and found.rounds == want.rounds
+        assert (found.target_calls, found.draft_calls) == (want.target_calls, want.draft_calls)
+        plain, theirs = autoregressive(TARGET, prefix, cfg, generator(seed)), generator(seed)
+        assert autoregressive(target, prefix, cfg, theirs).tokens == plain.tokens
+        assert torch.rand(1, generator=theirs) != torch.rand(1, generator=generator(seed))  # it went on
+    # drafts of 3 after a rejection or a full acceptance and shorter ones at the end; verifications of as many
+    assert 4 <= len(recorded) <= 14
 
-    monkeypatch.setattr(torch, "compile", compile)
-    with pytest.raises(InputError, match="isolate_recompiles"):
-        StaticLM(TARGET, 20, compile=True)
+
+def test_recorded_blocks_with_a_drafter_on_hidden_states(recorded):
+    torch.manual_seed(3)
+    lm = SpeechLM(small_qwen2(16, 32, 3, 4, 2, vocab=5, initializer_range=0.3), 13).eval().requires_grad_(False)
+    hidden = HiddenDraft(lm, rank=8).begin_from(lm).eval().requires_grad_(False)
+    lm.taps = hidden.taps
+    target, drafter = one_cache(lm), HiddenDraftLM(hidden, one_cache(hidden.lm))
+    for seed in range(10):
+        prefix = torch.randn(1, 4 + seed % 3, 16, generator=generator(seed))
+        cfg = config(max_tokens=18 + seed, draft_length=2 + seed % 2)
+        want = speculative(lm, HiddenDraftLM(hidden, hidden.lm), prefix, cfg, generator(seed))
+        found = speculative(target, drafter, prefix, cfg, generator(seed))
+        assert found.tokens == want.tokens and found.rounds == want.rounds
+    assert len(recorded) <= 20
+
+
+def test_what_cannot_be_recorded_runs_as_it_stands(recorded):
+    target, draft = one_cache(TARGET), one_cache(DRAFT)
+    cfg = config(confidence=0.5)
+    want = speculative(TARGET, DRAFT, PREFIX, cfg, generator(5))
+    assert speculative(target, draft, PREFIX, cfg, generator(5)).tokens == want.tokens and not recorded
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("drafting", ["paper", "hidden"])
+@torch.inference_mode()
+def test_cuda_graphs_say_what_eager_says(drafting):
+    """Nothing is recorded after the first utterances, and no memory is taken from the driver."""
+    torch.manual_seed(4)
+    lm = SpeechLM(small_qwen2(64, 128, 6, 2, 1, vocab=5, initializer_range=0.1), 99).eval().requires_grad_(False)
+    hidden = HiddenDraft(lm).begin_from(lm).eval().requires_grad_(False)
+    draft = make_draft(lm, bottom=1, top=1)
+    lm.taps = hidden.taps
+    for model in (lm, hidden, draft):
+        model.cuda()
+    plain = draft if drafting == "paper" else HiddenDraftLM(hidden, hidden.lm)
+    target, own = StaticLM(lm, 200), StaticLM(draft if drafting == "paper" else hidden.lm, 200)
+    static = own if drafting == "paper" else HiddenDraftLM(hidden, own)
+    counts, taken, cuda = [], [], torch.Generator("cuda")
+    for seed in range(12):
+        prefix = torch.randn(1, 8 + seed % 4, 64, generator=generator(seed)).cuda()
+        cfg = DecodeConfig(sampler=Sampler(), max_tokens=90 + seed, stop_ids=(97,), min_tokens=20, tolerance=0.2)
+        want = speculative(lm, plain, prefix, cfg, cuda.manual_seed(seed))
+        found = speculative(target, static, prefix, cfg, cuda.manual_seed(seed))
+        assert found.tokens == want.tokens and found.rounds == want.rounds
+        want = autoregressive(lm, prefix, cfg, cuda.manual_seed(seed))
+        assert autoregressive(target, prefix, cfg, cuda.manual_seed(seed)).tokens == want.tokens
+        counts.append(len(target._free[0].recordings.blocks))
+        taken.append(torch.cuda.memory_reserved())
+    assert counts[-1] == counts[5] and taken[-1] == taken[5]
 
 
 # --- bf16 ---------------------------------------------------------------------------------------

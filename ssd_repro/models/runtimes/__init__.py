@@ -54,4 +54,4 @@ def with_runtime(lm: SpeechLM, runtime: str, precision: str, threads: int, max_l
     if runtime == "openvino":
         return openvino.OpenVINOLM(lm, threads, precision)
     lm.cast(precision)
-    return StaticLM(lm, max_length, compile=True) if runtime == "graphs" else lm
+    return StaticLM(lm, max_length) if runtime == "graphs" else lm

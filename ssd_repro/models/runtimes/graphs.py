@@ -1,20 +1,31 @@
-"""Caches of fixed length: forwards of few, fixed shapes, which torch.compile can make CUDA graphs of.
+"""Caches of fixed length, and on a GPU each block of a round as one CUDA graph: all draft steps, and all judging.
 
-As in gpt-fast: keys and values are allocated once, a rollback is a smaller position, and what
-lies beyond the position is masked until it is written over.
+As in gpt-fast keys and values are allocated once, a rollback is a smaller position, and what lies beyond the
+position is masked until it is written over. A GPU's kernels for one token are shorter than it takes to ask for them:
+as a graph they are asked for once in a block, sampling and random numbers among them.
+
+A graph repeats what was recorded, at the same addresses. So whatever changes from round to round stands on the
+device: where tape and caches are (``place``), the tokens, the generator's state. The host's numbers went into the
+recording as distances from there, and its key says which ones.
 """
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ...decoding.drafters import Drafter, Tape
+from ...decoding.result import DecodeConfig
+from ...decoding.sampling import Sampler, probabilities
+from ...decoding.speculative import Blocks
 from ...errors import InputError, check_number
 from ..speech_lm import Session, SpeechLM
+
+LONGEST = 64  # tokens of a draft
+WINDOW = 1000  # of RAS, at most
 
 
 class StaticLM:
@@ -24,22 +35,16 @@ class StaticLM:
     logits are the same but for rounding. Nothing is padded: with a padded verification the
     price of a draft length would be that of another one.
 
-    compile: each number of tokens once through torch.compile, when it first comes (seconds to
-    minutes; on CUDA captured as a CUDA graph, on the CPU C++, which needs a compiler). With L_d
-    drafted tokens these are 1, 2 (the draft, after a full acceptance) and L_d + 1, and fewer where
-    max_tokens is near. The prefill is never compiled. Call ``lm.to(device)`` and ``lm.cast`` before.
-    InputError if a setting is out of range, or if this torch is too old to compile.
+    record: each block of a round as a CUDA graph, recorded when it first comes (a second or less); by default where
+    the model is on a GPU. Other samplers than a ``Sampler``, other rules than the tolerance and adaptive drafts run
+    as they stand; so does the prefill. Call ``lm.to(device)`` and ``lm.cast`` before. InputError if max_length is
+    out of range.
     """
 
-    def __init__(self, lm: SpeechLM, max_length: int, compile: bool = False) -> None:
+    def __init__(self, lm: SpeechLM, max_length: int, record: bool | None = None) -> None:
         check_number("max_length", max_length, 1, 1_000_000, whole=True)
-        if compile and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-            raise InputError(
-                f"torch {torch.__version__} is too old to compile forwards: its torch.compile lacks isolate_recompiles"
-            )
-        self.lm, self.max_length, self.compile = lm, max_length, compile
-        self.positions = torch.arange(max_length, device=lm.head.weight.device)
-        self.step = cache(self._step)
+        self.lm, self.max_length = lm, max_length
+        self.record = lm.head.weight.is_cuda if record is None else record
         self._free: list[FixedCache] = []
 
     def session(self) -> StaticSession:
@@ -56,55 +61,32 @@ class StaticLM:
             found = self._free.pop()  # atomic: threads may share a model
         except IndexError:
             return FixedCache(self.lm, self.max_length)
-        for tensor in (*found.keys, *found.values):
+        for tensor in (*found.keys, *found.values, found.at):
             tensor.zero_()
         return found
 
     def give_back(self, used: FixedCache) -> None:
         self._free.append(used)
 
-    def _step(self, n: int):
-        """The forward of n tokens: (1, n), their positions, cache -> logits (1, n, V)."""
-        lm = self.lm
-
-        def step(tokens: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-            visible = torch.arange(keys[0].shape[2], device=positions.device) <= positions[:, None]
-            hidden = lm.model(
-                inputs_embeds=lm.speech_embedding(tokens),
-                attention_mask={"full_attention": visible[None, None]},
-                position_ids=positions[None],
-                past_key_values=_Writer(keys, values, positions),
-                use_cache=True,
-            ).last_hidden_state
-            return lm.head(hidden)
-
-        if not self.compile:
-            return step
-        # isolate_recompiles: dynamo counts recompilations by code object, and every model
-        # and number of tokens shares this one.
-        compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False, isolate_recompiles=True)
-
-        def run(*inputs) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(*inputs).clone()  # the graph's own output is gone at its next replay
-
-        return run
-
 
 class FixedCache:
-    """Keys and values, per layer (1, kv heads, cells, head size), at addresses that stay."""
+    """Keys and values, per layer (1, kv heads, cells, head size), at addresses that stay.
+
+    at (1,): the position that a recording counts from; recordings: of blocks over this cache.
+    """
 
     def __init__(self, lm: SpeechLM, cells: int) -> None:
         config, weight = lm.model.config, lm.head.weight
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (1, config.num_key_value_heads, cells, size)
-        with torch.inference_mode(False):  # of one kind, wherever a session is opened: no recompilation
+        with torch.inference_mode(False):  # of one kind, wherever a session is opened
             self.keys, self.values = (
                 [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in lm.model.layers]
                 for _ in range(2)
             )
-        for tensor in (*self.keys, *self.values):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs: written in place, not copied
+            self.cells = torch.arange(cells, device=weight.device)
+            self.at = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self.recordings: Recordings | None = None
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """transformers' protocol, for the prefill: store, and attend to what was given."""
@@ -117,13 +99,13 @@ class FixedCache:
 
 
 class _Writer:
-    """transformers' cache protocol, inside a step: store at ``positions``, attend to all cells."""
+    """transformers' cache protocol, after the prefill: store at ``positions``, attend to all cells."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], positions: Tensor) -> None:
-        self.keys, self.values, self.positions = keys, values, positions
+    def __init__(self, cache: FixedCache, positions: Tensor) -> None:
+        self.cache, self.positions = cache, positions
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.index_copy_(2, self.positions, key)
         values.index_copy_(2, self.positions, value)
         return keys, values
@@ -134,27 +116,190 @@ class StaticSession(Session):
 
     def __init__(self, model: StaticLM) -> None:
         super().__init__(model.lm, model.take())
-        self.model = model
+        self.model, self.base = model, 0
         weakref.finalize(self, model.give_back, self.cache).atexit = False
 
+    def blocks(self, config: DecodeConfig, logits: Tensor, generator: torch.Generator) -> Blocks:
+        """How the loop runs its blocks: recorded, or as they stand."""
+        plain = isinstance(config.sampler, Sampler) and config.rule is None and not config.confidence
+        if self.model.record and plain:
+            return _Recorded(self, config, logits, generator)
+        return Blocks(config, logits, generator)
+
+    def place(self) -> None:
+        """What is fed from here on is recorded by its distance from here."""
+        self.cache.at.fill_(self.length)
+        self.base = self.length
+
     @torch.inference_mode()
-    def prefill(self, prefix: Tensor) -> Tensor:
-        self._check_room(prefix.shape[1])
-        return super().prefill(prefix)
+    def feed(self, embeddings: Tensor) -> Tensor:
+        return super().feed(embeddings)
 
     @torch.inference_mode()
     def extend(self, tokens: Tensor) -> Tensor:
-        n, model = tokens.shape[1], self.model
-        self._check_room(n)
-        positions = model.positions[self.length : self.length + n]
-        # clone: a view of the tape has another storage offset in each round, a graph one address
-        logits = model.step(n)(tokens.clone(), positions, self.cache.keys, self.cache.values)
-        self.length += n
-        return logits
+        return super().extend(tokens)
 
-    def _check_room(self, n: int) -> None:
+    def _feed(self, embeddings: Tensor) -> Tensor:
+        n, lm, cache = embeddings.shape[1], self.lm, self.cache
         if self.length + n > self.model.max_length:
             raise InputError(
                 f"the sequence needs {self.length + n} positions and the static cache has "
                 f"{self.model.max_length}: make max_length larger."
             )
+        if not self.length:
+            return super()._feed(embeddings)
+        positions = cache.at + torch.arange(n, device=cache.at.device) + (self.length - self.base)
+        made = lm.model(
+            inputs_embeds=embeddings,
+            attention_mask={"full_attention": (cache.cells <= positions[:, None])[None, None]},
+            position_ids=positions[None],
+            past_key_values=_Writer(cache, positions),
+            use_cache=True,
+            output_hidden_states=bool(lm.taps),
+        )
+        self.length += n
+        self.features = torch.cat([made.hidden_states[tap] for tap in lm.taps], -1) if lm.taps else None
+        return made.last_hidden_state
+
+
+# ------------------------------------------------------------------------------- recording
+
+
+class Recordings:
+    """Of one target's cache: what recorded blocks need at addresses that stay, and the blocks by their keys."""
+
+    def __init__(self, cells: int, vocab: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.tape = torch.full((WINDOW + cells,), -1, dtype=torch.int64, device=device)
+            self.at, self.least = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+            self.banned = torch.zeros(vocab, dtype=torch.bool, device=device)
+            self.p = torch.zeros(LONGEST, vocab, device=device)
+        self.ready: dict[int, Tensor] = {}  # by width: what a drafter carries from round to round
+        self.generator, self.blocks = torch.Generator(device), {}
+
+
+class PlacedTape(Tape):
+    """A tape whose cells are found by their distance from ``place``."""
+
+    def of(self, kept: Recordings) -> PlacedTape:
+        """On the cells of ``kept``, emptied."""
+        self.kept, self.base = kept, 0
+        self.cells = kept.tape.fill_(-1)
+        self.ban_mask = kept.banned.copy_(self.ban_mask)
+        kept.least.fill_(self.min_tokens)
+        kept.at.zero_()
+        return self
+
+    def place(self) -> None:
+        self.kept.at.fill_(self.size)
+        self.base = self.size
+
+    def _places(self, start: int, end: int) -> Tensor:
+        return self.kept.at + torch.arange(start - self.base, end - self.base, device=self.cells.device)
+
+    def tokens(self, start: int, end: int) -> Tensor:
+        """Cells start .. end-1, (end - start,); a copy."""
+        return self.cells.index_select(0, self._places(start, end) + self.pad)
+
+    def write(self, position: int, token: Tensor) -> None:
+        self.cells.index_copy_(0, self._places(position, position + 1) + self.pad, token.reshape(1))
+
+    def probabilities(self, logits: Tensor, first: int) -> Tensor:
+        places = self._places(first, first + logits.shape[0])[:, None]
+        history = self.cells[places + torch.arange(self.pad, device=places.device)]
+        banned = (places < self.kept.least) & self.ban_mask if self.min_tokens else None
+        return probabilities(logits, history, self.sampler, banned)
+
+
+class _Recorded(Blocks):
+    """The blocks of a round as recordings."""
+
+    def __init__(
+        self, session: StaticSession, config: DecodeConfig, logits: Tensor, generator: torch.Generator
+    ) -> None:
+        cache = session.cache
+        if cache.recordings is None:
+            cache.recordings = Recordings(len(cache.cells), logits.shape[-1], logits.device)
+        self.session, self.config, self.kept, self.given = session, config, cache.recordings, generator
+        self.tape = PlacedTape.empty(config, logits).of(self.kept)
+        self.generator = self.kept.generator
+        self.generator.set_state(generator.get_state())
+
+    def propose(self, drafter: Drafter, count: int) -> tuple[Tensor, Tensor]:
+        if drafter.ready is not None:
+            rows, width = drafter.ready.shape[1:]
+            if width not in self.kept.ready:
+                self.kept.ready[width] = drafter.ready.new_zeros(1, LONGEST + 1, width)
+            drafter.ready = self.kept.ready[width][:, :rows].copy_(drafter.ready)
+        own = drafter.session
+
+        def block() -> tuple[Tensor, Tensor]:
+            drafted, p = drafter.propose(self.tape, count, self.generator)
+            return drafted, self.kept.p[:count].copy_(p)
+
+        rows = None if drafter.ready is None else drafter.ready.shape[1]
+        key = (own.cache, count, self.session.length - own.length, rows)
+        return self._run(key, block, [self.tape, own, drafter])
+
+    def judge(self, session: StaticSession, drafted: Tensor, p: Tensor) -> Tensor:
+        count, size = len(drafted), self.tape.size
+
+        def block() -> Tensor:
+            return Blocks.judge(self, session, self.tape.tokens(size, size + count), self.kept.p[:count])
+
+        return self._run((None, count), block, [self.tape, session])
+
+    def close(self) -> None:
+        self.given.set_state(self.generator.get_state())
+
+    def _run(self, key: tuple, block: Callable, holders: list):
+        """holders: whose numbers and tensors the block changes, tape and session first."""
+        config = self.config
+        key += (config.sampler, config.tolerance, config.verification, bool(config.min_tokens), self.tape.pad)
+        for holder in holders[:2]:
+            holder.place()
+        if key not in self.kept.blocks:
+            self.kept.blocks[key] = Recording(block, holders, self.generator)
+        return self.kept.blocks[key].play(holders)
+
+
+class Recording:
+    """A block, to be played on other sequences at the same addresses."""
+
+    def __init__(self, block: Callable, holders: list, generator: torch.Generator) -> None:
+        before = [dict(vars(holder)) for holder in holders]
+        self.replay, self.output = capture(block, holders, generator)
+        self.moved, self.left = [], []  # how the host's numbers change, and the tensors that a block leaves
+        for place, (holder, old) in enumerate(zip(holders, before, strict=True)):
+            for name, value in vars(holder).items():
+                if isinstance(value, int) and value != old[name]:
+                    self.moved.append((place, name, value - old[name]))
+                elif isinstance(value, Tensor) and value is not old[name]:
+                    self.left.append((place, name, value))
+            vars(holder).update(old)
+
+    def play(self, holders: list):
+        self.replay()
+        for place, name, by in self.moved:
+            setattr(holders[place], name, getattr(holders[place], name) + by)
+        for place, name, tensor in self.left:
+            setattr(holders[place], name, tensor)
+        return self.output
+
+
+def capture(block: Callable, holders: list, generator: torch.Generator) -> tuple[Callable[[], None], object]:
+    """``block`` as a CUDA graph -> its replay, and the output that a replay fills. It is run once before, to warm up."""
+    before, state = [dict(vars(holder)) for holder in holders], generator.get_state()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        block()
+    torch.cuda.current_stream().wait_stream(aside)
+    for holder, old in zip(holders, before, strict=True):
+        vars(holder).update(old)
+    generator.set_state(state)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        output = block()
+    return graph.replay, output
