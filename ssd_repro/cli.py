@@ -58,7 +58,7 @@ def parser() -> Parser:
     speak.add("--method", "speculative", "autoregressive, draft or speculative")
     speak.add("--tolerance", 0.4, "beta, from 0 (lossless) to 1")
     speak.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
-    speak.add("--drafter", "paper", "who proposes: paper, or hidden (one layer on the target's hidden states)")
+    speak.add("--drafter", "paper", "who proposes: paper, hidden (one layer on the target's hidden states) or on-policy")
     speak.add("--verification", "token", "token, or block: drafted tokens are judged jointly, for tolerance 0")
     speak.add("--confidence", 0.0, "from 0 to 1: the draft ends early where it trusts itself less; 0: never")
     speak.add("--voice", "af_heart", "who speaks")

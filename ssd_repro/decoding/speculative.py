@@ -245,7 +245,7 @@ def _rounds(
     session = target.session()
     logits = session.prefill(prefix)  # (1, V)
     start, target_calls = session.length, 1
-    blocks = session.blocks(config, logits, generator) if hasattr(session, "blocks") else Blocks(config, logits, generator)
+    blocks = getattr(session, "blocks", Blocks)(config, logits, generator)
     tape = blocks.tape
     drafter = make_drafter(prefix, session) if make_drafter else None
     clock.lap("prefill")

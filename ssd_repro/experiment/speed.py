@@ -21,6 +21,8 @@ LABELS = {
     "ssd": "ours, SSD, beta {beta:g}",
     "ssd0_hidden": "ours, hidden-state drafter, beta 0",
     "ssd_hidden": "ours, hidden-state drafter, beta {beta:g}",
+    "ssd0_on-policy": "ours, on-policy draft, beta 0",
+    "ssd_on-policy": "ours, on-policy draft, beta {beta:g}",
 }
 FASTER = {  # ratio of speeds: above 1 the second system is the faster one
     "ar_over_hf_generate": ("hf_generate", "ar"),
@@ -30,6 +32,8 @@ FASTER = {  # ratio of speeds: above 1 the second system is the faster one
     "ssd0_over_ar": ("ar", "ssd0"),
     "lossless_hidden_over_ar": ("ar", "ssd0_hidden"),
     "ssd_hidden_over_ar": ("ar", "ssd_hidden"),
+    "lossless_on-policy_over_ar": ("ar", "ssd0_on-policy"),
+    "ssd_on-policy_over_ar": ("ar", "ssd_on-policy"),
     "hf_assisted_over_hf_generate": ("hf_generate", "hf_assisted"),
     "ar_eager_over_hf_generate": ("hf_generate", "ar_eager"),
     "ssd_eager_over_hf_assisted": ("hf_assisted", "ssd_eager"),
@@ -92,8 +96,9 @@ def ratios(rows: pd.DataFrame) -> pd.DataFrame:
     seconds = phases(step).verify, step.calls
     for name, phase, count in (("verify_over_step", "verify", "calls"), ("draft_over_step", "draft", "drafted")):
         found[name] = estimate("value", corpus_speedup, phases(ssd)[phase], ssd[count], *seconds)
-    outside = ssd.round_seconds - ssd.forward_seconds
-    found["outside_forwards"] = estimate("value", ratio_of_sums, outside, ssd.round_seconds)
+    if "forward_seconds" in ssd:  # not so with CUDA graphs
+        outside = ssd.round_seconds - ssd.forward_seconds
+        found["outside_forwards"] = estimate("value", ratio_of_sums, outside, ssd.round_seconds)
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("ratio").assign(n=len(ssd))
 
 

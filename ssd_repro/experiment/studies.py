@@ -29,7 +29,8 @@ def _other_drafters(voice: Voice, p: dict) -> list[System]:
     found = []
     for name in (name for name in voice.drafters if name != "paper"):
         plain = System("speculative", 0.0, DRAFT_LENGTHS[name], drafter=name)
-        found += [plain, replace(plain, **LOSSLESS[name]), replace(plain, tolerance=p["tolerance"])]
+        best = LOSSLESS.get(name, {}) if voice.device.type == "cpu" else LOSSLESS.get(name, {}) | {"confidence": 0.0}
+        found += [plain, replace(plain, **best), replace(plain, tolerance=p["tolerance"])]
     return found
 
 
@@ -46,7 +47,7 @@ def _heard(p: dict) -> list[System]:
     return [replace(AUTOREGRESSIVE, scored=bool(ssd)), *ssd]
 
 
-DRAFT_LENGTHS = {"hidden": 2}  # of 1 to 4 the best by theory, with the acceptance of its training log (results/voice)
+DRAFT_LENGTHS = {"hidden": 2, "on-policy": 3}  # of 1 to 4 the best by theory, with the acceptance of its training log (results/voice)
 # found on development sentences: of L_d 1 to 4, both verifications and ten confidences the best by theory
 LOSSLESS = {"hidden": {"draft_length": 3, "verification": "block", "confidence": 0.6}}
 # notebook -> (name of its rows file, its parameters -> the systems that it compares)

@@ -77,14 +77,16 @@ def save_voice(
     draft: SpeechLM,
     facts: dict,
     int8: bool = False,
-    hidden: HiddenDraft | None = None,
+    others: dict[str, HiddenDraft | SpeechLM] | None = None,
 ) -> None:
     """Write codec, target and what the drafts do not share with it as fp16, and voice.json with ``facts``.
 
     int8: all matrices but the codec's as whole numbers of one byte with a scale of each row (``pack``).
+    others: of OTHERS.
     """
+    others = others or {}
     states = {"codec": codec.state_dict(), "target": target.state_dict(), "draft": own_parameters(draft)}
-    states |= {"hidden": own_parameters(hidden)} if hidden else {}
+    states |= {name: own_parameters(other) for name, other in others.items()}
     digests = {}
     for part, state in states.items():
         packed, path = pack(state) if int8 and part != "codec" else state, folder / f"{part}.safetensors"
@@ -95,7 +97,7 @@ def save_voice(
         "target": _sizes(target.model.config),
         "speech_vocab": target.speech_embedding.num_embeddings,
         "draft": split_of(draft),
-        **({"hidden": hidden.sizes} if hidden else {}),
+        **{name: layers_of_draft(other) for name, other in others.items()},
         **facts,
         "sha256": digests,
     }
@@ -118,13 +120,20 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
     return codec.eval(), target.eval(), _draft(target, about["draft"], states[2], files[2]), about
 
 
-def load_hidden(folder: Path, target: SpeechLM, about: dict) -> HiddenDraft | None:
-    """The drafter on the target's hidden states, if the voice folder has one; target, about: ``load_voice``'s."""
-    if "hidden" not in about:
-        return None
-    path = folder / "hidden.safetensors"
-    state = _read_tensors(path, about["sha256"].get(path.name), folder / "voice.json")
-    return _hidden(target, about["hidden"], state, path)
+def load_others(folder: Path, target: SpeechLM, about: dict) -> dict[str, HiddenDraft | SpeechLM]:
+    """The drafters beside the paper's that the voice folder has, by their names; target, about: ``load_voice``'s."""
+    found = {}
+    for name, make in OTHERS.items():
+        if name in about:
+            path = folder / f"{name}.safetensors"
+            state = _read_tensors(path, about["sha256"].get(path.name), folder / "voice.json")
+            found[name] = make(target, about[name], state, path)
+    return found
+
+
+def layers_of_draft(draft: SpeechLM | HiddenDraft) -> dict[str, int]:
+    """What its JSON file says of a draft's size."""
+    return draft.sizes if isinstance(draft, HiddenDraft) else split_of(draft)
 
 
 def save_draft(folder: Path, draft: SpeechLM | HiddenDraft, target: SpeechLM, facts: dict) -> None:
@@ -142,7 +151,7 @@ def save_draft(folder: Path, draft: SpeechLM | HiddenDraft, target: SpeechLM, fa
         digest = _write_tensors(folder / DRAFT_FILES[1], own_parameters(draft), torch.float32)
     about = {
         "format": FORMAT,
-        "layers": draft.sizes if isinstance(draft, HiddenDraft) else split_of(draft),
+        "layers": layers_of_draft(draft),
         "target": {str(dtype): weights_sha256(target, dtype) for dtype in (torch.bfloat16, torch.float16)},
         **facts,
         "sha256": digest,
@@ -260,3 +269,7 @@ def _with_own(draft: nn.Module, own: dict[str, Tensor], path: Path):
         own = {name: own[file_name] for name in names if (file_name := name.removeprefix("model.")) in own}
     _fill(draft, own | {name: value for name, value in draft.state_dict().items() if name not in names}, path)
     return draft.eval()
+
+
+# Drafters of a voice folder beside the paper's; on-policy: the paper's layers, trained on what the target says itself.
+OTHERS = {"hidden": _hidden, "on-policy": _draft}

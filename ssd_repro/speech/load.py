@@ -63,7 +63,7 @@ def load(
     runtime = choose_runtime(runtime, device, precision)
     if device == "cuda":  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    folder, hidden = Path(path) if path else checkpoints.BUNDLED, None
+    folder, others = Path(path) if path else checkpoints.BUNDLED, {}
 
     if (folder / "llm.pt").is_file() or (folder / TEXT_MODEL).is_dir():
         front, target, small, weights_id = _cosyvoice(folder, device, draft, data, front_end)
@@ -74,7 +74,7 @@ def load(
         if draft or data:
             raise InputError(f"{folder} is a voice with its own draft and sentences: leave draft and data empty")
         codec, target, small, about = checkpoints.load_voice(folder)
-        hidden = checkpoints.load_hidden(folder, target, about)
+        others = checkpoints.load_others(folder, target, about)
         front = Bundled(codec.to(device).requires_grad_(False), about, folder, device)
         weights_id = _identity(sorted(about["sha256"].values()))
     lms = tuple(lm.to(device).requires_grad_(False) for lm in (target, small))
@@ -82,12 +82,15 @@ def load(
     running = partial(
         with_runtime, runtime=runtime, precision=precision, threads=threads, max_length=max_length or 1024
     )
-    drafters = {}
-    if hidden:
-        hidden.to(device).requires_grad_(False).eval()
+    drafters, hidden = {}, others.get("hidden")
+    for other in others.values():
+        other.to(device).requires_grad_(False).eval()
+    if hidden:  # before the target is compiled, for it hands out hidden states then
         if runtime != "openvino":  # there the matrices around the layer stay in fp32, as hidden states come in it
             hidden.cast(precision)
         target.taps, drafters["hidden"] = hidden.taps, HiddenDraftLM(hidden, running(hidden.lm))
+    if "on-policy" in others:
+        drafters["on-policy"] = running(others["on-policy"])
     return Voice(front, *lms, weights_id, device, tuple(map(running, lms)), drafters, precision, runtime, threads)
 
 

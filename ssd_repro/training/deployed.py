@@ -54,6 +54,11 @@ class Target:
         """Tokens of history that ``deployed`` looks at."""
         return self.config(1).sampler.ras_window
 
+    @property
+    def temperature(self) -> float:
+        """That of the sampler; 1 where it is greedy."""
+        return self.config(1).sampler.temperature or 1.0
+
     def deployed(self, raw: Tensor, history: Tensor) -> Tensor:
         """What is sampled from, given logits (N, V) and history (N, window); without the ban on early stops."""
         return probabilities(raw, history, self.config(1).sampler)
@@ -78,6 +83,10 @@ class CausalTarget(Target):
     """A causal model of transformers: text and speech are ids of one vocabulary, generation_config.json decodes."""
 
     window = 1
+
+    @property
+    def temperature(self) -> float:
+        return self.lm.model.generation_config.temperature or 1.0
 
     def deployed(self, raw: Tensor, history: Tensor) -> Tensor:
         """By the processors that do not look at tokens: temperature, top-k, top-p, min-p; not the penalties."""

@@ -16,13 +16,13 @@ from torch import Tensor
 from ..errors import InputError, check_number
 from ..files import git_state, locked
 from ..models import checkpoints
-from ..models.draft import make_draft
+from ..models.draft import make_draft, split_of
 from ..models.hidden_draft import HiddenDraft
 from ..models.speech_lm import SpeechLM
 from .data import Example, flat, hold_out
 from .deployed import Target, load_target, sample
 from .hidden import HiddenTask
-from .loop import Settings, Task, check_choice, check_identity, identity, overlap
+from .loop import Settings, Task, check_choice, check_identity, divergence, identity, overlap
 from .loop import train as run_training
 from .parallel import agree, processes
 
@@ -32,8 +32,8 @@ RECIPES = {"paper": "ce", "on-policy": "kl"}
 
 
 # ce: of the data's tokens (Eq. 7). kl: KL(q || p), from what the target samples from, top-k, top-p and RAS
-# included, to the draft's softmax. Both in nats.
-LOSSES = ("ce", "kl")
+# included, to the draft's softmax. Both in nats. tv: ``loop.divergence`` of the same.
+LOSSES = ("ce", "kl", "tv")
 DRAFTERS = ("paper", "hidden")
 
 
@@ -47,9 +47,12 @@ def loss_of(recipe: str, loss: str) -> str:
 class DraftTask(Task):
     """The paper's draft on its target: bottom layers and head are trained, all else is frozen (``make_draft``)."""
 
-    def __init__(self, target: Target, loss: str):
+    def __init__(self, target: Target, loss: str, begin: SpeechLM | None = None):
+        """begin: a draft of this target whose own weights are gone on from; None: the target's."""
         super().__init__()
-        self.target, self.loss, self.draft = target, loss, make_draft(target.lm)
+        self.target, self.loss, self.draft = target, loss, make_draft(target.lm, **(split_of(begin) if begin else {}))
+        if begin:
+            self.draft.load_state_dict(begin.state_dict())
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """The loss; evaluating, cross-entropy, overlap and acceptance.
@@ -71,8 +74,10 @@ class DraftTask(Task):
             return {"loss": F.cross_entropy(p, batch.labels)}
         with torch.no_grad():
             q = logits(self.target.lm)
-        if self.training:
+        if self.training and self.loss == "kl":
             return {"loss": F.kl_div(p.log_softmax(-1), deployed(q), reduction="batchmean")}
+        if self.training:
+            return {"loss": divergence(p / self.target.temperature, deployed(q))}
         return {
             "loss": F.cross_entropy(p, batch.labels),
             "overlap": overlap(p.softmax(-1), q.softmax(-1)),
@@ -89,13 +94,13 @@ def train_draft(
     recipe: str = "paper",
     loss: str = "",
     drafter: str = "paper",
-    begin: HiddenDraft | None = None,
+    begin: SpeechLM | HiddenDraft | None = None,
     accelerator=None,
     log=print,
 ) -> tuple[SpeechLM | HiddenDraft, list[dict]]:
     """Train a draft -> the draft, and the rows of the log (``loop.train``, ``DraftTask.forward``, ``HiddenTask``).
 
-    begin: of the hidden-state drafter, the weights that it goes on from.
+    begin: a draft of the same kind whose weights it goes on from.
 
     ``out`` gets log.jsonl, checkpoint.pt while it runs, draft.safetensors and draft.json when it is
     done; the same call goes on from there. InputError if it holds another run.
@@ -118,7 +123,7 @@ def train_draft(
     if done := agree(accelerator, lambda: (out / "draft.json").exists() and finished()):
         return done
     target.lm.to(accelerator.device).eval()
-    task = HiddenTask(target, begin) if drafter == "hidden" else DraftTask(target, loss)
+    task = HiddenTask(target, begin) if drafter == "hidden" else DraftTask(target, loss, begin)
     rows = run_training(task, learned, dev, settings, out, facts, accelerator, log)
     if accelerator.is_main_process:
         about = {"identity": ours, "settings": asdict(settings), "processes": accelerator.num_processes}

@@ -18,17 +18,13 @@ from ..models.hidden_draft import HiddenDraft
 from ..models.speech_lm import SpeechLM
 from .data import Example
 from .deployed import Target
-from .loop import Task, overlap
+from .loop import Task, divergence, overlap
 
 PASSES = 4  # one more than the paper's L_d
 
 
 class HiddenTask(Task):
-    """A HiddenDraft on a frozen target: towards what the target samples from, 0.1 KL + 0.9 total variation.
-
-    Total variation is 1 - the acceptance rate of lossless decoding; the KL carries the gradient where
-    the two have nothing in common (weights as DSpark's, Cheng et al. 2026).
-    """
+    """A HiddenDraft on a frozen target: towards what the target samples from, by ``loop.divergence``."""
 
     def __init__(self, target: Target, begin: HiddenDraft | None = None):
         """begin: a drafter of this target whose weights are gone on from; None: ``HiddenDraft.begin_from``."""
@@ -45,7 +41,7 @@ class HiddenTask(Task):
 
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """The loss; evaluating, "acceptance_k" of pass k: mean of sum min(p, q) of what is sampled from."""
-        batch, temperature = self.target.collate(items), self.target.config(1).sampler.temperature or 1
+        batch = self.target.collate(items)
         with self.autocast():
             with torch.no_grad():
                 hidden, features = self.target.lm.hidden(batch.embedded)
@@ -57,11 +53,7 @@ class HiddenTask(Task):
             drafted = [self.target.deployed(logits, batch.history) for logits in made]
             accepted = {f"acceptance_{k}": overlap(p, q) for k, p in enumerate(drafted, 1)}
             return {"loss": 1 - torch.stack(list(accepted.values())).mean(), **accepted}
-        losses = []
-        for logits in made:
-            log_p = (logits / temperature).log_softmax(-1)
-            losses.append(0.1 * F.kl_div(log_p, q, reduction="batchmean") + 0.9 * (1 - overlap(log_p.exp(), q)))
-        return {"loss": torch.stack(losses).mean()}
+        return {"loss": torch.stack([divergence(logits / self.target.temperature, q) for logits in made]).mean()}
 
 
 def unrolled(draft: HiddenDraft, features: Tensor, embedded: Tensor, passes: int) -> list[Tensor]:

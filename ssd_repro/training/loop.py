@@ -22,6 +22,7 @@ from pickle import UnpicklingError
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, check_number
@@ -80,6 +81,16 @@ def check_choice(name: str, value: str, known) -> None:
 def overlap(p: Tensor, q: Tensor) -> Tensor:
     """p, q (N, V) -> mean of sum min(p, q): 1 - total variation."""
     return torch.minimum(p, q).sum(-1).mean()
+
+
+def divergence(logits: Tensor, q: Tensor) -> Tensor:
+    """0.1 KL(q || p) + 0.9 total variation of a draft's softmax p from q, means over rows; logits, q (N, V).
+
+    Total variation is 1 - the acceptance rate of lossless decoding; the KL carries the gradient where
+    the two have nothing in common (weights as DSpark's, Cheng et al. 2026).
+    """
+    log_p = logits.log_softmax(-1)
+    return 0.1 * F.kl_div(log_p, q, reduction="batchmean") + 0.9 * (1 - overlap(log_p.exp(), q))
 
 
 class Task(nn.Module):

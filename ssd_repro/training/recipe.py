@@ -139,7 +139,7 @@ def write_voice(
     references: list[dict[str, str]],
     prompts: dict[str, dict],
     int8: bool = False,
-    hidden: HiddenDraft | None = None,
+    others: dict[str, HiddenDraft | SpeechLM] | None = None,
 ) -> None:
     """Codec, target, drafts, and ``choose_examples``'s references and prompts, as one voice folder (``save_voice``)."""
     import soundfile
@@ -154,4 +154,4 @@ def write_voice(
     names = {row["voice"]: f"{row['id']}.flac" for row in references}
     facts = {"voices": list(VOICES), "references": names, "prompts": prompts, "sampler": vars(SAMPLER)}
     facts["token_text_ratio"] = list(TOKEN_TEXT_RATIO)
-    checkpoints.save_voice(folder, codec, target, draft, facts, int8, hidden)
+    checkpoints.save_voice(folder, codec, target, draft, facts, int8, others)

@@ -80,8 +80,8 @@ def test_a_voice_folder_keeps_it_and_speaks_with_it(trained, tmp_path):
     target = tiny_target().lm
     facts = {"voices": list(VOICES), "references": {}, "sampler": vars(Sampler(temperature=0)), "prompts": {}}
     facts["token_text_ratio"] = [1.2, 2.6]
-    checkpoints.save_voice(tmp_path, CODEC, target, make_draft(target), facts, int8=True, hidden=draft)
-    for runtime in ("eager", "openvino"):
+    checkpoints.save_voice(tmp_path, CODEC, target, make_draft(target), facts, int8=True, others={"hidden": draft})
+    for runtime in ("eager", "graphs", "openvino"):
         voice = ssd_repro.load(tmp_path, device="cpu", runtime=runtime)
         alone = voice.speak("So am I.", "autoregressive")
         drafted = voice.speak("So am I.", tolerance=0.0, drafter="hidden")

@@ -288,7 +288,7 @@ class Recording:
 
 
 def capture(block: Callable, holders: list, generator: torch.Generator) -> tuple[Callable[[], None], object]:
-    """``block`` as a CUDA graph -> its replay, and the output that a replay fills. It is run once before, to warm up."""
+    """``block`` as a CUDA graph -> its replay, and the output that a replay fills; first it is run once, to warm up."""
     before, state = [dict(vars(holder)) for holder in holders], generator.get_state()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
