@@ -113,7 +113,8 @@ def _prices(voice, models, point: Point, tolerance: float, tokens: int, repeats:
     vocab, hidden = (about["target"][name] for name in ("speech_vocab", "hidden"))
     lengths = {"max_tokens": tokens, "min_tokens": tokens, "stop_ids": (vocab - 1,)}
     config = DecodeConfig(sampler=voice.sampler, draft_length=point.draft_length, tolerance=tolerance, **lengths)
-    prefix = 0.02 * torch.randn(1, PROMPT, hidden, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(1, PROMPT, hidden, generator=torch.Generator().manual_seed(0))
+    prefix = 0.02 * noise.to(voice.target.head.weight)  # its device and dtype
     decode = {"target": partial(autoregressive, target)}
     decode |= {name: partial(speculative, target, models[name][0]) for name in DRAFTERS}
     took, load = {name: [] for name in decode}, LoadMeter()

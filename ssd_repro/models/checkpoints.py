@@ -131,6 +131,20 @@ def load_others(folder: Path, target: SpeechLM, about: dict) -> dict[str, Hidden
     return found
 
 
+def add_other(folder: Path, name: str, draft: HiddenDraft | SpeechLM) -> None:
+    """Put a drafter of OTHERS into a voice folder, as int8, in place of one of that name. InputError for another name.
+
+    voice.json is written last: a folder that this was killed over is refused, for its SHA-256 is another.
+    """
+    if name not in OTHERS:
+        raise InputError(f"drafter {name!r} is not one that a voice folder holds: choose {' or '.join(OTHERS)}")
+    about = _read_description(folder / "voice.json", ("sha256",))
+    path = folder / f"{name}.safetensors"
+    about["sha256"][path.name] = _write_tensors(path, pack(own_parameters(draft)), torch.float16)
+    about[name] = layers_of_draft(draft)
+    write_text(folder / "voice.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
 def layers_of_draft(draft: SpeechLM | HiddenDraft) -> dict[str, int]:
     """What its JSON file says of a draft's size."""
     return draft.sizes if isinstance(draft, HiddenDraft) else split_of(draft)

@@ -95,6 +95,25 @@ def test_a_voice_folder_keeps_it_and_speaks_with_it(trained, tmp_path):
         ssd_repro.load(plain, device="cpu").speak("So am I.", drafter="hidden")
 
 
+def test_a_drafter_is_put_into_a_voice_folder(trained, tmp_path):
+    _, hidden, _ = trained
+    target = tiny_target().lm
+    facts = {"voices": list(VOICES), "references": {}, "sampler": vars(Sampler(temperature=0)), "prompts": {}}
+    facts["token_text_ratio"] = [1.2, 2.6]
+    checkpoints.save_voice(tmp_path, CODEC, target, make_draft(target), facts)
+    before = ssd_repro.load(tmp_path, device="cpu", runtime="eager").weights_id
+    checkpoints.add_other(tmp_path, "hidden", hidden)
+    checkpoints.add_other(tmp_path, "on-policy", make_draft(target, bottom=1, top=1))
+    for runtime in ("eager", "graphs", "openvino"):
+        voice = ssd_repro.load(tmp_path, device="cpu", runtime=runtime)
+        assert list(voice.drafters) == ["paper", "hidden", "on-policy"] and voice.weights_id != before
+        alone = voice.speak("So am I.", "autoregressive")
+        for drafter in voice.drafters:
+            assert voice.speak("So am I.", tolerance=0.0, drafter=drafter).token_ids == alone.token_ids
+    with pytest.raises(InputError, match="drafter 'block' is not one that a voice folder holds: choose hidden or on"):
+        checkpoints.add_other(tmp_path, "block", hidden)
+
+
 def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(InputError, match="drafter is 'x'; choose one of paper, hidden"):
         draft_module.train(tmp_path, tmp_path, tmp_path, Settings(1), drafter="x")
