@@ -50,7 +50,7 @@ _parse = {int: _number(int, "a whole number"), float: _number(float, "a number")
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    names = "speak|run|report|samples|bench|listening-test|tokenise|train-draft"
+    names = "speak|run|report|samples|score|bench|listening-test|tokenise|train-draft"
     commands = top.add_subparsers(dest="command", required=True, metavar=names)
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
@@ -58,7 +58,7 @@ def parser() -> Parser:
     speak.add("--method", "speculative", "autoregressive, draft or speculative")
     speak.add("--tolerance", 0.4, "beta, from 0 (lossless) to 1")
     speak.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
-    speak.add("--drafter", "paper", "who proposes: paper, hidden (one layer on the target's hidden states) or on-policy")
+    speak.add("--drafter", "paper", "who proposes: paper, hidden (a layer on the target's hidden states) or on-policy")
     speak.add("--verification", "token", "token, or block: drafted tokens are judged jointly, for tolerance 0")
     speak.add("--confidence", 0.0, "from 0 to 1: the draft ends early where it trusts itself less; 0: never")
     speak.add("--voice", "af_heart", "who speaks")
@@ -99,6 +99,12 @@ def parser() -> Parser:
     samples.add("--out", "", "results folder; default results/<profile>")
     samples.add("--sentences", 8, "how many, from 1 to 100; chosen by a rule, not by hand")
     samples.set_defaults(function=run_samples)
+
+    score = commands.add_parser("score", help="WER and other metrics of rows decoded without them, from their tokens")
+    score.add("--profile", REQUIRED, "names the results folder", str)
+    score.add("--out", "", "results folder; default results/<profile>")
+    score.add("--notebook", "01_table1", "whose rows")
+    score.set_defaults(function=run_score)
 
     bench = commands.add_parser("bench", help="time our decoding beside transformers' on the same weights")
     bench.add("--utterances", 30, "how many; the same command goes on where a killed one was")
@@ -272,6 +278,17 @@ def run_report(options) -> int:
         made = report.report(folder, pages)
         page.write(folder)
     print(f"{folder}: {', '.join([*made, page.NAME])}")
+    return 0
+
+
+def run_score(options) -> int:
+    from .experiment import scoring
+    from .experiment.notebooks import progress
+
+    folder = _with_provenance(options)
+    with redirect_stdout(sys.stderr), locked(folder / ".run.lock"):
+        rows = scoring.score(folder, options.notebook, progress=progress)
+    print(f"{folder}: {len(rows)} rows of {options.notebook} are scored; `ssd-repro report` makes their tables")
     return 0
 
 

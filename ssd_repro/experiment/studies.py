@@ -47,7 +47,8 @@ def _heard(p: dict) -> list[System]:
     return [replace(AUTOREGRESSIVE, scored=bool(ssd)), *ssd]
 
 
-DRAFT_LENGTHS = {"hidden": 2, "on-policy": 3}  # of 1 to 4 the best by theory, with the acceptance of its training log (results/voice)
+# of 1 to 4 the best by theory, with the acceptance of its training log (results/voice)
+DRAFT_LENGTHS = {"hidden": 2, "on-policy": 3}
 # found on development sentences: of L_d 1 to 4, both verifications and ten confidences the best by theory
 LOSSLESS = {"hidden": {"draft_length": 3, "verification": "block", "confidence": 0.6}}
 # notebook -> (name of its rows file, its parameters -> the systems that it compares)

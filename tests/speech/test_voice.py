@@ -192,7 +192,9 @@ def test_another_format_is_refused(copy):
 def test_saving_and_loading_keeps_every_weight(voice, tmp_path):
     codec, target, draft, about = checkpoints.load_voice(checkpoints.BUNDLED)
     hidden = checkpoints.load_others(checkpoints.BUNDLED, target, about)["hidden"]
-    checkpoints.save_voice(tmp_path, codec, target, draft, {"voices": about["voices"]}, int8=True, others={"hidden": hidden})
+    checkpoints.save_voice(
+        tmp_path, codec, target, draft, {"voices": about["voices"]}, int8=True, others={"hidden": hidden}
+    )
     again = checkpoints.load_voice(tmp_path)
     drafter = checkpoints.load_others(tmp_path, again[1], again[3])["hidden"]
     for old, new in zip((codec, target, draft, hidden), (*again[:3], drafter), strict=True):
