@@ -103,7 +103,7 @@ def concluded(table: pd.DataFrame) -> str:
         return f"{said}; its WER against the target: {best.equivalent}."
     return (
         f"{said}; WER {value(best, 'WER difference')} points over the target (90 % interval). Equivalent within "
-        f"{MARGIN:g} point: {best.equivalent}, with {best.n:g} of {best['n needed']:g} utterances that it takes."
+        f"{MARGIN:g} point: {best.equivalent}, with {best.n:g} utterances; to show it takes {best['n needed']:g}."
     )
 
 

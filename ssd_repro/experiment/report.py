@@ -277,8 +277,11 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
     if not ran:
         raise InputError(f"{folder}/provenance.json tells of no result notebook: run `ssd-repro run` first")
     texts, known = {page: page.read_text("utf-8") for page in pages}, rows_of_folder(folder)
-    for name in ran:
+    for name in list(ran):
         rows, about = rows_of_run(folder, EXHIBITS[name].notebook, known)
+        if EXHIBITS[name].of_folder and not tables.has(scored_rows(folder, rows, about), "words"):
+            ran.remove(name)  # made of what was scored, and nothing was
+            continue
         shown = show(name, rows, folder, about)
         plt.close("all")
         for page, text in texts.items():

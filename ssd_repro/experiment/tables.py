@@ -178,7 +178,8 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
         for measure in statistics.MEASURES
         if ours.scored.all() and (has(base, measure.top) or measure.top != "distillmos")
     )
-    return pd.DataFrame(compared).set_index("system")
+    columns = ["system", "measure", "difference", "low", "high", "margin", "verdict", "n"]
+    return pd.DataFrame(list(compared), columns=columns).set_index("system")
 
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:
