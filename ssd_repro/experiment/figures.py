@@ -186,7 +186,8 @@ def _faster_and_wrong(table: pd.DataFrame) -> str:
 
     def said(line: pd.Series) -> str:
         speed = number(line["speed-up"], 2, line["speed-up_low"], line["speed-up_high"])
-        return f"{speed} times the target's speed, WER {line['WER %'] - base['WER %']:+z.1f} points"
+        more = line["WER %"] - base["WER %"]
+        return f"{speed} times the target's speed, WER " + (f"{more:+z.1f} points" if pd.notna(more) else "not scored")
 
     ssd = table.loc[NAMES["speculative"]]
     theirs, rise = ssd["paper speed-up"], ssd["paper WER %"] - base["paper WER %"]

@@ -59,4 +59,5 @@ def _lean(output):
     """Of an output's several kinds only the one that a browser shows: figures and sounds stand there once."""
     if kind := next((kind for kind in KINDS if kind in output.get("data", {})), None):
         output.data = {kind: output.data[kind]}
+        output.metadata["alt"] = "figure" if kind.startswith("image") else ""
     return output

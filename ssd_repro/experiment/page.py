@@ -186,11 +186,13 @@ def figure(place: Path, name: str) -> str:
 
 
 def table(place: Path, name: str) -> str:
-    """A table of tables/<name>.md, which is the readable one, and what stands below it; '' if there is none."""
+    """A table of tables/<name>.md, the readable one, and what stands below it; '' if it is not there or empty."""
     if not place.is_file():
         return ""
     lines = place.read_text("utf-8").splitlines()
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    if not body:  # of measures that nothing was scored by
+        return ""
     below = samples.label(" ".join(line for line in lines if not line.startswith("|")))
     note = re.sub("`(.+?)`", r"<code>\1</code>", below)
     rows = ""
