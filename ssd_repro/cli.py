@@ -266,7 +266,7 @@ def _with_provenance(options) -> Path:
 
 
 def run_report(options) -> int:
-    from .experiment import page, report
+    from .experiment import notebook_html, page, report
     from .experiment.notebooks import COMMITTED
 
     folder, pages = _with_provenance(options), [options.readme] if options.readme else []
@@ -276,6 +276,7 @@ def run_report(options) -> int:
         raise InputError(f"--readme {missing[0]} is not a file")
     with locked(folder / ".run.lock"):
         made = report.report(folder, pages)
+        notebook_html.write_all(folder)
         page.write(folder)
     print(f"{folder}: {', '.join([*made, page.NAME])}")
     return 0

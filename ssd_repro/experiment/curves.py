@@ -35,12 +35,12 @@ def table3(table: pd.DataFrame, axes) -> None:
     axes[1].set(ylim=(0, 1.1 * np.nanmax(table[["WER_high", "paper WER %"]])))
     legend_below(axes)
     first, last = ssd.iloc[0], ssd.iloc[-1]
-    titled(
-        axes,
-        f"From beta {ssd.index[0]} to beta {ssd.index[-1]} the speed-up goes from {first['speed-up']:.2f} to "
-        f"{last['speed-up']:.2f} and the WER from {first['WER %']:.1f} to {last['WER %']:.1f} % "
-        f"(the target alone: {base['WER %']:.1f} %)",
-    )
+    text = f"From beta {ssd.index[0]} to beta {ssd.index[-1]} the speed-up goes from {first['speed-up']:.2f} to "
+    text += f"{last['speed-up']:.2f}"
+    if ssd["WER %"].notna().all():
+        text += f" and the WER from {first['WER %']:.1f} to {last['WER %']:.1f} % "
+        text += f"(the target alone: {base['WER %']:.1f} %)"
+    titled(axes, text)
 
 
 def figure3(table: pd.DataFrame, axes) -> None:

@@ -146,7 +146,7 @@ def _stacked(ax, y: float, line: pd.Series, base: float) -> None:
 
 def table1(table: pd.DataFrame, axes) -> None:
     """``tables.table1`` -> speed-up (left), WER (right) with intervals; below each point the paper's, hollow."""
-    panels = (("speed-up", 2, f"{SPEEDUP} (right is better)"), ("WER %", 1, f"{WER} (left is better)"))
+    panels = (("speed-up", 2, f"{SPEEDUP}\n(right is better)"), ("WER %", 1, f"{WER}\n(left is better)"))
     y = np.arange(len(table))
     axes[0].figure.set_figheight(1.7 + 0.56 * len(table))
     for ax, (name, places, label) in zip(axes, panels, strict=True):
@@ -186,7 +186,8 @@ def _faster_and_wrong(table: pd.DataFrame) -> str:
 
     def said(line: pd.Series) -> str:
         speed = number(line["speed-up"], 2, line["speed-up_low"], line["speed-up_high"])
-        return f"{speed} times the target's speed, WER {line['WER %'] - base['WER %']:+z.1f} points"
+        more = line["WER %"] - base["WER %"]
+        return f"{speed} times the target's speed, WER " + (f"{more:+z.1f} points" if pd.notna(more) else "not scored")
 
     ssd = table.loc[NAMES["speculative"]]
     theirs, rise = ssd["paper speed-up"], ssd["paper WER %"] - base["paper WER %"]

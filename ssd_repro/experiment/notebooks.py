@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from time import monotonic
 from ..errors import InputError
 from ..files import locked, source_tree
 from ..processes import is_first, is_launched, launched_group, run_in_processes
+from . import notebook_html
 from .provenance import relative, results_folder
 
 COMMITTED = "mini"  # the profile whose results README shows
@@ -148,6 +150,26 @@ def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str
     return {path: {name: v for name, v in values.items() if name in known[path]} for path in notebooks}
 
 
+def command(notebook: str, about: dict, processes: int, whole: bool = False) -> str:
+    """The command that makes rows of this entry of provenance.json, with each setting in which it differs from the
+    profile of today; ``whole``: with the notebook and the folder, too."""
+    if about["profile"] == "bench":
+        return "ssd-repro bench"
+    given, words = about.get("parameters") or {}, ["ssd-repro", "run", "--profile", about["profile"]]
+    words += ["--only", notebook[:2]] if whole else []
+    words += ["--out", given["out"]] if whole and given.get("out") else []
+    words += ["--processes", f"{processes:g}"] if processes > 1 else []
+    try:
+        (path,) = choose_notebooks([notebook])
+        known = defaults(path) | read_profile(about["profile"])
+    except InputError:
+        known = {}
+    for name, value in given.items():
+        if name in known and name not in ("profile", "out") and value != known[name]:
+            words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
+
+
 def run_notebooks(
     profile: str, only: list[str], out: str, options: list[tuple[str, str]], processes: int, make_rows: Callable
 ) -> int:
@@ -229,6 +251,7 @@ def execute(source: Path, out: Path, parameters: dict) -> int:
     tidy(running, source.name)
     os.replace(running, done)
     failed.unlink(missing_ok=True)
+    notebook_html.write(done)
     return 0
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from html import escape
 from importlib import resources
 from pathlib import Path
 
 import pandas as pd
 
-from ..errors import InputError
 from ..files import write_text
 from . import notebooks, paper, report, samples, statistics, tables, theory
 from .provenance import all_provenance
@@ -168,7 +166,9 @@ def section(folder: Path, notebook: str) -> str:
     executed, title, link = folder / f"{notebook}.ipynb", notebook, ""
     if executed.is_file():
         title = notebooks.first_line(executed)
-        link = f'<p class="note">Executed notebook: <a href="{executed.name}">{executed.name}</a></p>'
+        files = [path.name for path in (executed.with_suffix(".html"), executed) if path.is_file()]
+        links = ", ".join(f'<a href="{name}">{name}</a>' for name in files)
+        link = f'<p class="note">Executed notebook: {links}</p>'
     return f"<section><h3>{samples.label(title)}</h3>{link}{drawn}{listed}</section>" if drawn + listed else ""
 
 
@@ -186,11 +186,13 @@ def figure(place: Path, name: str) -> str:
 
 
 def table(place: Path, name: str) -> str:
-    """A table of tables/<name>.md, which is the readable one, and what stands below it; '' if there is none."""
+    """A table of tables/<name>.md, the readable one, and what stands below it; '' if it is not there or empty."""
     if not place.is_file():
         return ""
     lines = place.read_text("utf-8").splitlines()
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    if not body:  # of measures that nothing was scored by
+        return ""
     below = samples.label(" ".join(line for line in lines if not line.startswith("|")))
     note = re.sub("`(.+?)`", r"<code>\1</code>", below)
     rows = ""
@@ -211,7 +213,7 @@ def origin(notebook: str, about: dict, known: dict) -> str:
     processes = max((known[key].get("processes", 1) for key in about["keys"] if key in known), default=1)
     versions = {"python": about["python"], **about["versions"]}
     facts = {
-        "command": f"<code>{escape(command(notebook, about, processes))}</code>",
+        "command": f"<code>{escape(notebooks.command(notebook, about, processes, whole=True))}</code>",
         "commit": escape((about["commit"] or "unknown") + (" with local changes" if about["dirty"] else "")),
         "date": escape(about["date"]),
         "machine": escape(f"{about['chip']}, {about['cores']} cores, {about['threads']} threads, {about['system']}"),
@@ -221,21 +223,3 @@ def origin(notebook: str, about: dict, known: dict) -> str:
     }
     lines = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
     return f"<details><summary>{escape(notebook)}</summary><dl>{lines}</dl></details>"
-
-
-def command(notebook: str, about: dict, processes: int) -> str:
-    """The command that makes these rows, with every parameter in which they differ from the profile of today."""
-    if about["profile"] == "bench":
-        return "ssd-repro bench"
-    words = ["ssd-repro", "run", "--profile", about["profile"], "--only", notebook[:2]]
-    words += ["--out", about["parameters"]["out"]] if about["parameters"].get("out") else []
-    words += ["--processes", str(processes)] * (processes > 1)
-    try:
-        (path,) = notebooks.choose_notebooks([notebook])
-        known = notebooks.defaults(path) | notebooks.read_profile(about["profile"])
-    except InputError:
-        known = {}
-    for name, value in about["parameters"].items():
-        if name in known and name not in ("profile", "out") and value != known[name]:
-            words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
-    return shlex.join(words)

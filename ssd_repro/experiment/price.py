@@ -19,10 +19,10 @@ from torch import Tensor
 from ..decoding.drafters import Tape
 from ..decoding.rules import KINDS, MATCHED, emitted, overlap, total_variation
 from ..decoding.speculative import ModelDrafter
-from .figures import PALETTE
 from .provenance import row_context
 from .rows import locked_rows, rows_of_folder, rows_together, to_frame
 from .statistics import MEASURES, difference, ratio_of_sums
+from .style import PALETTE, legend_below, titled
 from .tables import estimate, number, quality_columns
 
 PAPER = "paper"  # rule, and drafter
@@ -197,15 +197,17 @@ def draw(table: pd.DataFrame, axes) -> None:
         for rule, grid in ours.groupby(level=0, sort=False):
             kind, grid = rule.removeprefix(MATCHED), grid.sort_values("acceptance")
             colour, style = PALETTE[kinds.index(kind)], ":" if rule.startswith(MATCHED) else "-"
-            size = 8 if kind == PAPER else 5
-            ax.plot(grid.acceptance, grid.TV, f"o{style}", color=colour, markersize=size, label=rule)
+            look = {"markersize": 10, "markerfacecolor": "none"} if kind == PAPER else {"markersize": 4}  # seen around
+            ax.plot(grid.acceptance, grid.TV, f"o{style}", color=colour, linewidth=1.2, label=rule, **look)
         ax.set(xlabel="acceptance", ylabel="total variation from the target", title=f"{drafter} drafter")
-        ax.set_xlim(max(0.0, min(ours.acceptance) - 0.03), 1.01)
-        ax.set_ylim(-0.01, 1.08 * ours.TV.max())
+        ax.set_xlim(max(0.0, min(ours.acceptance) - 0.03), 1.03)
+        ax.set_ylim(-0.01, 1.08 * table.TV.max())
         ax.grid(alpha=0.3)
     for ax in axes[len(panels) :]:
         ax.remove()
-    axes[0].legend(frameon=False, fontsize=8)
+    legend_below(axes[: len(panels)], ncols=4)
+    tight = [rule for rule, grid in table.groupby(level=0, sort=False) if grid.excess.max() < SAME]
+    titled(axes[0], f"On the bound, below which no rule comes: {', '.join(tight) or 'none of these rules'}")
 
 
 def heard(rows: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
-from . import acceptance, cost, curves, figures, front, price, speed, tables, tradeoff
+from . import acceptance, cost, curves, equivalence, figures, front, notebooks, price, speed, tables, tradeoff
 from .captions import (
     ACCEPTANCE,
     BENCH,
@@ -125,6 +125,13 @@ EXHIBITS = {
         page=("WER %", "NMOS", "SS", "LM-RTF", "speed-up", "n"),
     ),
     "table1_quality": Exhibit("01_table1", tables.quality, QUALITY, readable=tables.readable_quality),
+    "equivalence": Exhibit(
+        "01_table1",
+        equivalence.of_rows,
+        equivalence.note,
+        readable=equivalence.readable,
+        page=("lossless", "speed-up", "WER difference", "equivalent", "n", "n needed"),
+    ),
     "table1_paper": _and_paper("01_table1", tables.quality_and_paper, columns=_QUALITY),
     "table2": Exhibit(
         "01_table1",
@@ -219,7 +226,7 @@ def show(name: str, rows: pd.DataFrame, folder: Path, about: dict) -> Markdown:
         rows = scored_rows(folder, rows, about)
     table = exhibit.table(rows, **at)
     note = exhibit.note if isinstance(exhibit.note, str) else exhibit.note(rows)
-    below = " ".join(filter(None, (note, caveats(rows), source_line(folder, about, rows))))
+    below = " ".join(filter(None, (note, caveats(rows), source_line(folder, exhibit.notebook, about, rows))))
     shown = exhibit.readable(table)
     if exhibit.page:
         shown = shown[[column for column in exhibit.page if column in shown]]
@@ -241,13 +248,13 @@ def scored_rows(folder: Path, rows: pd.DataFrame, about: dict) -> pd.DataFrame:
     return to_frame({row["key"]: row for row in [*rows.to_dict("records"), *(known[key] for key in keys)]}.values())
 
 
-def source_line(folder: Path, about: dict, rows: pd.DataFrame) -> str:
-    """One sentence under a table: hardware, command, commit, and the folder."""
+def source_line(folder: Path, notebook: str, about: dict, rows: pd.DataFrame) -> str:
+    """One sentence under a table: hardware, command with what differs from the profile, commit, and the folder."""
     commit = (about["commit"] or "unknown")[:10] + (" with local changes" if about["dirty"] else "")
     processes, threads = rows.processes.max(), f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
-    command = "ssd-repro bench" if about["profile"] == "bench" else f"ssd-repro run --profile {about['profile']}"
     if processes > 1:
-        threads, command = f"{threads} in each of {processes} processes", f"{command} --processes {processes}"
+        threads = f"{threads} in each of {processes} processes"
+    command = notebooks.command(notebook, about, processes)
     made_by = f"{about['date'][:10]}, {about['chip']}, {threads}, torch {about['torch']}, commit {commit}"
     return f"{made_by}, voice {about['weights']}: `{command}` -> `{relative(folder, source_tree(), Path.cwd())}`."
 
@@ -270,8 +277,11 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
     if not ran:
         raise InputError(f"{folder}/provenance.json tells of no result notebook: run `ssd-repro run` first")
     texts, known = {page: page.read_text("utf-8") for page in pages}, rows_of_folder(folder)
-    for name in ran:
+    for name in list(ran):
         rows, about = rows_of_run(folder, EXHIBITS[name].notebook, known)
+        if EXHIBITS[name].of_folder and not tables.has(scored_rows(folder, rows, about), "words"):
+            ran.remove(name)  # made of what was scored, and nothing was
+            continue
         shown = show(name, rows, folder, about)
         plt.close("all")
         for page, text in texts.items():

@@ -24,8 +24,9 @@ STAGES = tuple("target" if phase == VERIFY else phase for phase in PHASES)
 MEANS = {"NMOS": "p808", "DistillMOS": "distillmos", "OVRL": "ovrl", "SIG": "sig", "BAK": "bak", "SS": "similarity"}
 MACHINES = ("NMOS", "DistillMOS", "OVRL", "SS")  # of MEANS, those that predict what listeners rate
 SPEEDUP = "speed-up of the LM"
-COUNTS = dict.fromkeys(("n", "listeners", "L_d", "threads"), 0)
-DIGITS = {**COUNTS, "WER rise": 1, "beta": 1, "value": 3, "LM-RTF": 3, "RTF": 3, **dict.fromkeys(STAGES, 4)}
+COUNTS = dict.fromkeys(("n", "n needed", "listeners", "L_d", "threads"), 0)
+POINTS = dict.fromkeys(("WER rise", "WER difference", "sd", "beta"), 1)
+DIGITS = {**COUNTS, **POINTS, **dict.fromkeys(("value", "LM-RTF", "RTF"), 3), **dict.fromkeys(STAGES, 4)}
 
 
 def digits(column: str) -> int:
@@ -177,7 +178,8 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
         for measure in statistics.MEASURES
         if ours.scored.all() and (has(base, measure.top) or measure.top != "distillmos")
     )
-    return pd.DataFrame(compared).set_index("system")
+    columns = ["system", "measure", "difference", "low", "high", "margin", "verdict", "n"]
+    return pd.DataFrame(list(compared), columns=columns).set_index("system")
 
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:

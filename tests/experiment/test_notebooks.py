@@ -238,6 +238,7 @@ def test_notebooks_make_results_and_no_row_twice(here, fake, results):
     exhibits = [(name, e) for name, e in report.EXHIBITS.items() if not e.of_folder]  # those `report` alone makes
     assert names == {
         *("00_algorithm.ipynb", "00_listen.ipynb", "04_stages.ipynb", "provenance.json"),
+        *("00_algorithm.html", "00_listen.html"),
         *(
             f"rows/{name}.jsonl"
             for name in ("listen", "table1", "tolerance", "draft_length", "bench", "growth", "price")
@@ -254,7 +255,7 @@ def test_notebooks_make_results_and_no_row_twice(here, fake, results):
 
 
 def test_results_name_no_folder_of_this_machine(results):
-    for name in ("00_algorithm.ipynb", "00_listen.ipynb", "provenance.json"):
+    for name in ("00_algorithm.ipynb", "00_listen.ipynb", "00_listen.html", "provenance.json"):
         text = (results / "out" / name).read_text()
         assert str(results) not in text and str(ROOT) not in text and sys.prefix not in text, name
 

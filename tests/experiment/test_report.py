@@ -68,7 +68,7 @@ def test_report_makes_everything_from_rows_alone(fake, tmp_path, monkeypatch):
     for name, exhibit in report.EXHIBITS.items():
         assert len(pd.read_csv(folder / "tables" / f"{name}.csv")), name
         text = (folder / "tables" / f"{name}.md").read_text()
-        assert text.startswith("| ") and "`ssd-repro run --profile quick`" in text
+        assert text.startswith("| ") and "`ssd-repro run --profile quick" in text
         assert text.splitlines()[0].count("|") - 1 <= 7, name  # what a page has room for
         assert not re.search(r"-0\.?0*(?![.\d])|(\d+\.\d+) \[\1, \1\]", text.partition("\n\n")[0]), name
         for kind in ("svg", "png", "pdf"):
