@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.draft import draft_layers
-from ..models.speech_lm import SpeechLM, small_qwen2
+from ..models.families import small_qwen2
+from ..models.speech_lm import SpeechLM
 
 
 @torch.no_grad()

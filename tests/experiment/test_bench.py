@@ -15,7 +15,8 @@ from ssd_repro.decoding.speculative import autoregressive
 from ssd_repro.errors import InputError
 from ssd_repro.experiment import baselines, bench, cost, growth, report, speed
 from ssd_repro.models.draft import make_draft
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.families import small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 
 TARGET = tiny_lm(layers=4)
 DRAFT = make_draft(TARGET, bottom=1, top=1).requires_grad_(False)
