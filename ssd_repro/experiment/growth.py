@@ -23,8 +23,8 @@ from ..decoding.speculative import autoregressive, speculative
 from ..errors import InputError, check_number
 from ..models.codec import TOKEN_RATE
 from ..models.draft import make_draft
-from ..models.runtimes import with_runtime
 from ..models.families import small_qwen2
+from ..models.runtimes import with_runtime
 from ..models.speech_lm import SpeechLM
 from .cost import Geometry, facts
 from .provenance import LoadMeter, row_context

@@ -12,8 +12,17 @@ from __future__ import annotations
 from functools import partial
 
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel, PreTrainedModel
-from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from ..errors import InputError
 
