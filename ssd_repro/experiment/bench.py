@@ -40,7 +40,7 @@ class Contender:
 
 
 def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> list[Contender]:
-    """transformers' three, the last of them our loop; ours on ``runtime`` and, like for like, eager; other ``drafters``."""
+    """transformers' three, the last of them our loop; ours on ``runtime`` and on eager; other ``drafters``."""
     theirs = {"": THEIRS[0]} | ({"_compiled": THEIRS[1]} if compile else {})
     ours = {"": runtime} | ({"_eager": "eager"} if runtime != "eager" else {})
     kinds = [("hf_generate", None, theirs), ("hf_assisted", 0.0, theirs), (CUSTOM, 0.0, {"": THEIRS[0]})]

@@ -15,9 +15,10 @@ from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
-from . import acceptance, cost, curves, figures, front, price, speed, tables, tradeoff
+from . import acceptance, architectures, cost, curves, figures, front, price, speed, tables, tradeoff
 from .captions import (
     ACCEPTANCE,
+    ARCHITECTURES,
     BENCH,
     EQUAL,
     HEARD,
@@ -34,6 +35,7 @@ from .captions import (
     THEORY,
     TIMELINE,
     TRADEOFF,
+    WHY,
     caveats,
     findings,
     machine_listeners,
@@ -198,6 +200,16 @@ EXHIBITS = {
     "price_equal": Exhibit(
         PRICED, price.at_equal_acceptance, EQUAL, readable=price.readable, at_setting=True, page=_RULES
     ),
+    "architectures": Exhibit(
+        architectures.NOTEBOOK,
+        architectures.table,
+        ARCHITECTURES,
+        architectures.draw,
+        (1, 2),
+        (WIDTH, 4.2),
+        readable=architectures.speeds,
+    ),
+    "architectures_why": Exhibit(architectures.NOTEBOOK, architectures.table, WHY, readable=architectures.reasons),
     "price_heard": Exhibit(
         PRICED, price.heard, HEARD, page=("WER %", "more WER", "acceptance", "tokens per target call", "n")
     ),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import check_number
+from ..errors import InputError, check_number
 from ..models import checkpoints
 from ..models.families import check_family
 from . import recipe
@@ -70,3 +70,25 @@ def train_family(family: str, folder: Path, plan: Plan, tokens: str = "bundled",
     checkpoints.save_voice(voice, codec, target.cpu(), draft.cpu(), {name: about[name] for name in known}, int8=True)
     (folder / "target" / "checkpoint.pt").unlink(missing_ok=True)
     return voice
+
+
+def voices(
+    families: list[str], trained: str, work: str, profile: str, plan: Plan | None, tokens: str, log: Callable
+) -> list[Path]:
+    """Notebook 17's voice folders, one for each of ``families``; plan: train those that are missing.
+
+    trained: the folder that holds <family>/voice, empty: <work>/architectures. InputError, before any work, for an
+    unknown or doubled family, and for a missing voice without a plan.
+    """
+    if not families or len(set(families)) < len(families):
+        raise InputError(f"families is {families}: name each family once, at least one")
+    for family in families:
+        check_family(family)
+    root = Path(trained) if trained else recipe.work_folder(work, profile) / "architectures"
+    lacking = [family for family in families if not (root / family / "voice" / "voice.json").is_file()]
+    if lacking and plan is None:
+        raise InputError(
+            f"{root} has no {lacking[0]}/voice: name the folder that has, by -p trained FOLDER, or train it, by "
+            "-p train true"
+        )
+    return [train_family(f, root / f, plan, tokens, log) if f in lacking else root / f / "voice" for f in families]

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from transformers import Qwen2Model
 
 from ...errors import InputError, check_number
 from ..speech_lm import Session, SpeechLM
@@ -33,6 +34,10 @@ class StaticLM:
 
     def __init__(self, lm: SpeechLM, max_length: int, compile: bool = False) -> None:
         check_number("max_length", max_length, 1, 1_000_000, whole=True)
+        if not isinstance(lm.model, Qwen2Model):
+            raise InputError(
+                f"runtime graphs knows Qwen2 decoders, not {type(lm.model).__name__}: choose runtime eager"
+            )
         if compile and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             raise InputError(
                 f"torch {torch.__version__} is too old to compile forwards: its torch.compile lacks isolate_recompiles"
