@@ -104,6 +104,10 @@ def test_notebook_from_training_to_table(fake, monkeypatch, tmp_path):
     space = run_notebook("17_architectures", smoke, **folders)
     kinds = [voice.target.model.config.model_type for voice in loaded]
     assert kinds == ["llama", "qwen3", "gpt_neox"] and {voice.runtime for voice in loaded} == {"eager"}
+    path = tmp_path / "work" / "architectures" / "llama" / "voice"
+    assert cut(path).runtime == "eager"
+    with pytest.raises(InputError, match="choose (runtime )?eager"):
+        cut(path, runtime="openvino")
     rows = space["rows"]
     assert len(rows) == 3 * (3 * smoke["sentences"] + 1) and rows.weights.nunique() == 3
     table = pd.read_csv(tmp_path / "out" / "tables" / "architectures.csv", index_col="family")
@@ -113,4 +117,3 @@ def test_notebook_from_training_to_table(fake, monkeypatch, tmp_path):
     write_text(tmp_path / "out" / "tables" / "architectures.csv", "")
     assert report.report(tmp_path / "out") == ["architectures", "architectures_why"]
     assert len(pd.read_csv(tmp_path / "out" / "tables" / "architectures.csv")) == 3
-    assert not space["train"] or (tmp_path / "work" / "architectures" / "llama" / "voice" / "voice.json").is_file()
