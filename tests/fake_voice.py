@@ -10,7 +10,8 @@ import numpy as np
 from ssd_repro.decoding.result import DecodeResult, Round
 from ssd_repro.models.codec import CodecConfig
 from ssd_repro.models.draft import make_draft
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.families import small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 from ssd_repro.speech.bundled import Bundled
 from ssd_repro.speech.text import VOICES
 from ssd_repro.speech.voice import Voice

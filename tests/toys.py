@@ -10,7 +10,8 @@ import torch
 from ssd_repro.decoding import drafters
 from ssd_repro.decoding import speculative as speculative_module
 from ssd_repro.decoding.sampling import probabilities
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.families import small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 
 PREFIX = 3  # positions before the first speech token
 

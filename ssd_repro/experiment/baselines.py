@@ -1,4 +1,4 @@
-"""What people would use instead: our models in transformers' own classes, and its two ways to decode with them.
+"""What people would use instead: our models in transformers' own classes, and three ways to decode with them.
 
 Assisted generation cannot begin from ``inputs_embeds``: transformers 5.23 hands them to the draft at every round, which
 then reads the prompt's last embeddings in place of the new tokens. So the exported models take ids alone.
@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..decoding.result import DecodeConfig
 from ..decoding.sampling import Sampler, probabilities
 from ..errors import InputError
+from ..models.generate import speculative_generate
 from ..models.speech_lm import SpeechLM
 
 ROOM = 2048  # positions of the longest prompt
@@ -57,15 +58,17 @@ class Law(LogitsProcessor):
     assisted generation it hands the target's warpers to the draft, which adds its own: temperature .8 becomes .64.
     """
 
+    stateless = True  # the same function for draft and target
+
     def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
+        self.sampler, self.memoryless = sampler, not sampler.ras
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return probabilities(scores, input_ids, self.sampler).log()
 
 
 class Transformers:
-    """``generate`` with an exported target, alone or assisted by an exported draft.
+    """``generate`` with an exported target: alone, assisted by an exported draft, or by our loop with that draft.
 
     compile: forwards by torch.compile with dynamic shapes; the caches grow, as in transformers' own loop.
     """
@@ -82,11 +85,12 @@ class Transformers:
         return prompt(self.target, prefix)
 
     @torch.inference_mode()
-    def decode(self, ids: Tensor, config: DecodeConfig, seed: int, assisted: bool) -> list[int]:
+    def decode(self, ids: Tensor, config: DecodeConfig, seed: int, assisted: bool, custom: bool = False) -> list[int]:
         """The new tokens, a stop token at their end included.
 
         config: as ours, its sampler without RAS. assisted: by the draft, draft_length tokens in each round; what
-        transformers adapts by default (their number, a threshold of the draft's confidence) stays put.
+        transformers adapts by default (their number, a threshold of the draft's confidence) stays put. custom: the
+        same through ``speculative_generate``.
         """
         settings = GenerationConfig(
             max_new_tokens=config.max_tokens,
@@ -102,6 +106,9 @@ class Transformers:
             assistant_confidence_threshold=0.0,
         )
         assistant = {"assistant_model": self.draft} if assisted else {}
+        if custom:
+            assistant |= {"custom_generate": speculative_generate, "tolerance": config.tolerance}
+            assistant["draft_length"] = config.draft_length
         torch.manual_seed(seed)  # transformers draws from torch's own generator
         given = {"attention_mask": torch.ones_like(ids), "logits_processor": [Law(config.sampler)], **assistant}
         made = self.target.generate(ids, settings, **given)

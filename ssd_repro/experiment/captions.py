@@ -32,6 +32,15 @@ ACCEPTANCE = (
     "all. A rejected draft counts where it would have stood, and for what the token in its place carries: silence is "
     f"{-SILENCE_DB:g} dB below the loud tokens of its utterance, boundary is a token on either side of a change."
 )
+ARCHITECTURES = (
+    "Targets of one size, trained alike from the same speech tokens; the family of the decoder alone differs. "
+    "Speed-up: of the LM, per token, over the target decoded in turn. More WER: points that SSD at the tolerance has "
+    "over the target."
+)
+WHY = (
+    "Acceptance: accepted / drafted. Price: L_d c + V, a round's in steps of the target; c is a draft step, V the "
+    "verification. Predicted: tokens a round / price."
+)
 THEORY = (
     "Speed-up per token, over all utterances together. Formula: (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + 1)), "
     "Leviathan et al. 2023, alpha = accepted / judged, c = draft step / target step; positions: with the acceptance "

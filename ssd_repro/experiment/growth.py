@@ -23,8 +23,9 @@ from ..decoding.speculative import autoregressive, speculative
 from ..errors import InputError, check_number
 from ..models.codec import TOKEN_RATE
 from ..models.draft import make_draft
+from ..models.families import small_qwen2
 from ..models.runtimes import with_runtime
-from ..models.speech_lm import SpeechLM, small_qwen2
+from ..models.speech_lm import SpeechLM
 from .cost import Geometry, facts
 from .provenance import LoadMeter, row_context
 from .rows import locked_rows, rows_of_folder, rows_together, to_frame

@@ -15,9 +15,23 @@ from seaborn import despine
 
 from ..errors import InputError
 from ..files import source_tree, write_text
-from . import acceptance, cost, curves, equivalence, figures, front, notebooks, price, speed, tables, tradeoff
+from . import (
+    acceptance,
+    architectures,
+    cost,
+    curves,
+    equivalence,
+    figures,
+    front,
+    notebooks,
+    price,
+    speed,
+    tables,
+    tradeoff,
+)
 from .captions import (
     ACCEPTANCE,
+    ARCHITECTURES,
     BENCH,
     EQUAL,
     HEARD,
@@ -34,6 +48,7 @@ from .captions import (
     THEORY,
     TIMELINE,
     TRADEOFF,
+    WHY,
     caveats,
     findings,
     machine_listeners,
@@ -205,6 +220,16 @@ EXHIBITS = {
     "price_equal": Exhibit(
         PRICED, price.at_equal_acceptance, EQUAL, readable=price.readable, at_setting=True, page=_RULES
     ),
+    "architectures": Exhibit(
+        architectures.NOTEBOOK,
+        architectures.table,
+        ARCHITECTURES,
+        architectures.draw,
+        (1, 2),
+        (WIDTH, 4.2),
+        readable=architectures.speeds,
+    ),
+    "architectures_why": Exhibit(architectures.NOTEBOOK, architectures.table, WHY, readable=architectures.reasons),
     "price_heard": Exhibit(
         PRICED, price.heard, HEARD, page=("WER %", "more WER", "acceptance", "tokens per target call", "n")
     ),

@@ -16,6 +16,7 @@ from .theory import expected_tokens
 LABELS = {
     "hf_generate": "transformers generate",
     "hf_assisted": "transformers assisted generation",
+    "hf_custom": "transformers, custom_generate=speculative_generate",
     "ar": "ours, autoregressive",
     "ssd0": "ours, SSD, beta 0",
     "ssd": "ours, SSD, beta {beta:g}",
@@ -28,6 +29,7 @@ FASTER = {  # ratio of speeds: above 1 the second system is the faster one
     "ar_over_hf_generate": ("hf_generate", "ar"),
     "ssd_over_hf_assisted": ("hf_assisted", "ssd"),
     "ssd0_over_hf_assisted": ("hf_assisted", "ssd0"),
+    "custom_over_assisted": ("hf_assisted", "hf_custom"),
     "ssd_over_ar": ("ar", "ssd"),
     "ssd0_over_ar": ("ar", "ssd0"),
     "lossless_hidden_over_ar": ("ar", "ssd0_hidden"),

@@ -121,7 +121,8 @@ class GenerationLaw:
     transformers' processors in their order, applied as its assisted generation does: to float32 logits,
     for each position with the tokens before it, the prompt (T,) among them; then the softmax or, greedy, the
     most likely token. InputError, by name, for a processor that is not known to be a function of tokens and scores;
-    one of your own that is may say so: ``stateless = True``.
+    one of your own that is may say so: ``stateless = True``, and ``memoryless = True`` if it does not look at the
+    tokens: all rows of a block then go through it at once.
     """
 
     def __init__(self, processors: list, prompt: Tensor, greedy: bool) -> None:
@@ -137,8 +138,10 @@ class GenerationLaw:
         scores, n = logits.to(torch.float32, copy=True), logits.shape[0]  # a copy: some write in place
         past = None
         for process in self.processors:
-            if type(process) in FREE:
+            if type(process) in FREE or getattr(process, "memoryless", False):
                 scores = process(None, scores)
+                continue
+            if _is_over(process, len(self.prompt) + len(tokens) - n + 1):
                 continue
             past = torch.cat((self.prompt, tokens))[None] if past is None else past
             ends = range(past.shape[1] - n + 1, past.shape[1] + 1)
@@ -148,6 +151,15 @@ class GenerationLaw:
         best = scores.argmax(-1, keepdim=True)  # of equal ones the same as ``generate``'s
         peak = scores.gather(-1, best)
         return torch.zeros_like(scores).scatter_(-1, best, peak - peak + 1)  # 1, or NaN
+
+
+def _is_over(process, length: int) -> bool:
+    """Whether it leaves the scores of every sequence of ``length`` tokens or more as they are."""
+    if type(process) is hf.MinLengthLogitsProcessor:
+        return length >= process.min_length
+    if type(process) is hf.MinNewTokensLengthLogitsProcessor:
+        return length - process.prompt_length_to_skip >= process.min_new_tokens
+    return False
 
 
 def law_of_row(processors: list, row: int, prompt: Tensor, greedy: bool) -> GenerationLaw:

@@ -12,15 +12,16 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2Config
+from transformers import PreTrainedModel
 
 from ..errors import InputError, first_line
 from ..files import sha256, write_bytes, write_text
 from .causal import CausalLM
 from .codec import Codec, CodecConfig
 from .draft import make_draft, own_parameters, split_of
+from .families import sizes_of, small_decoder
 from .hidden_draft import HiddenDraft
-from .speech_lm import SpeechLM, small_qwen2
+from .speech_lm import SpeechLM
 
 BUNDLED = Path(__file__).parents[1] / "weights"
 FORMAT = 2
@@ -57,19 +58,6 @@ def weights_sha256(lm: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
     return digest.hexdigest()
 
 
-def _sizes(config: Qwen2Config) -> dict[str, int]:
-    """What ``small_qwen2`` makes a model of the same sizes from."""
-    return {
-        "hidden": config.hidden_size,
-        "ffn": config.intermediate_size,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "vocab": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-    }
-
-
 def save_voice(
     folder: Path,
     codec: Codec,
@@ -94,7 +82,7 @@ def save_voice(
     about = {
         "format": FORMAT,
         "codec": asdict(codec.config),
-        "target": _sizes(target.model.config),
+        "target": sizes_of(target.model.config),
         "speech_vocab": target.speech_embedding.num_embeddings,
         "draft": split_of(draft),
         **{name: layers_of_draft(other) for name, other in others.items()},
@@ -114,7 +102,7 @@ def load_voice(folder: Path) -> tuple[Codec, SpeechLM, SpeechLM, dict]:
     files = [folder / f"{part}.safetensors" for part in PARTS]
     states = [_read_tensors(file, about["sha256"].get(file.name), path) for file in files]
     codec = Codec(CodecConfig(**about["codec"]))
-    target = SpeechLM(small_qwen2(**about["target"]), about["speech_vocab"])
+    target = SpeechLM(small_decoder(**{"family": "qwen2", **about["target"]}), about["speech_vocab"])
     _fill(codec, states[0], files[0])
     _fill(target, states[1], files[1])
     return codec.eval(), target.eval(), _draft(target, about["draft"], states[2], files[2]), about

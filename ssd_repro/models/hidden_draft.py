@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..decoding.drafters import HiddenDrafter, LanguageModel, Session
-from .speech_lm import SpeechLM, small_qwen2
+from .families import small_qwen2
+from .speech_lm import SpeechLM
 
 
 class LowRankHead(nn.Sequential):

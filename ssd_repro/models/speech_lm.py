@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, Qwen2Config, Qwen2Model
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
+from .families import mask_for
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -15,7 +16,7 @@ class SpeechLM(nn.Module):
     """Prefix embeddings (1, T, hidden), then speech tokens -> speech-token logits (V).
 
     model: a transformers decoder without head, full attention, used through inputs_embeds
-    (Qwen2Model here; its embed_tokens are the text's). Token x enters as
+    (``families``; its own embeddings are the text's). Token x enters as
     speech_embedding(x), comes out as row x of ``head``.
     taps: depths whose hidden states its sessions hand out as ``features``, for drafters that read them:
     the residual stream after so many layers, at the full depth behind the final norm.
@@ -23,7 +24,7 @@ class SpeechLM(nn.Module):
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, model: Qwen2Model, speech_vocab: int, bias: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, speech_vocab: int, bias: bool = True) -> None:
         super().__init__()
         hidden = model.config.hidden_size
         self.model = model
@@ -35,7 +36,7 @@ class SpeechLM(nn.Module):
 
         The one place that says what stands before the first speech token to be said.
         """
-        words = self.model.embed_tokens(torch.cat((prompt_text, text)))
+        words = self.model.get_input_embeddings()(torch.cat((prompt_text, text)))
         return torch.cat((words, self.speech_embedding(prompt_speech)))[None]
 
     def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
@@ -122,28 +123,13 @@ def _decode(
         mask = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)[None, None]
     made = model(
         inputs_embeds=embeddings,
-        attention_mask={"full_attention": mask},
+        attention_mask=mask_for(model, mask),
         position_ids=torch.arange(past, past + n, device=device)[None],
         past_key_values=cache,
         use_cache=cache is not None,
         output_hidden_states=bool(taps),
     )
     return made.last_hidden_state, torch.cat([made.hidden_states[tap] for tap in taps], -1) if taps else None
-
-
-def small_qwen2(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **other) -> Qwen2Model:
-    """A randomly initialised Qwen2 decoder; vocab: text tokens; other: Qwen2Config fields."""
-    config = Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        attn_implementation="sdpa",
-        **other,
-    )
-    return Qwen2Model(config)
 
 
 def choose_device(device: str) -> str:

@@ -45,7 +45,8 @@ def load(
     device      auto, cpu or cuda
     precision   of target and draft: fp32 or bf16, with the openvino runtime int8 (weights), too; the
                 codec stays fp32
-    runtime     what runs target and draft: auto, eager, graphs or openvino (``models.runtimes``)
+    runtime     what runs target and draft: auto, eager, graphs or openvino (``models.runtimes``); decoders of
+                other families than Qwen2 (``models.families``) run on eager alone
     max_length  positions of a static cache (graphs), prompt and speech tokens of a piece; None: 1024, of a
                 CosyVoice 2048 (20 times the 80 text tokens of upstream's pieces, prompt, texts)
     threads     of torch, in the whole process. None: on a CPU one for a target below SMALL_MODEL,
@@ -59,8 +60,8 @@ def load(
     for name, value, most in (("max_length", max_length, 1_000_000), ("threads", threads, 1024)):
         if value is not None:
             check_number(name, value, 1, most, whole=True)
-    device = choose_device(device)
-    runtime = choose_runtime(runtime, device, precision)
+    device, asked = choose_device(device), runtime
+    runtime = choose_runtime(asked, device, precision)
     if device == "cuda":  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     folder, others = Path(path) if path else checkpoints.BUNDLED, {}
@@ -74,6 +75,8 @@ def load(
         if draft or data:
             raise InputError(f"{folder} is a voice with its own draft and sentences: leave draft and data empty")
         codec, target, small, about = checkpoints.load_voice(folder)
+        if asked == "auto" and target.model.config.model_type != "qwen2":
+            runtime = choose_runtime("eager", device, precision)
         others = checkpoints.load_others(folder, target, about)
         front = Bundled(codec.to(device).requires_grad_(False), about, folder, device)
         weights_id = _identity(sorted(about["sha256"].values()))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.draft import draft_layers
-from ..models.speech_lm import SpeechLM, small_qwen2
+from ..models.families import small_qwen2
+from ..models.speech_lm import SpeechLM
 
 
 @torch.no_grad()
@@ -21,6 +22,8 @@ def grow(lm: SpeechLM, hidden: int, ffn: int, layers: int, heads: int, kv_heads:
     InputError for a size below that of ``lm``, or another size of a head.
     """
     old = lm.model.config
+    if old.model_type != "qwen2":
+        raise InputError(f"the target is {type(lm.model).__name__}; a Qwen2 decoder alone can grow: leave begin empty")
     asked = {"hidden": hidden, "ffn": ffn, "layers": layers, "heads": heads, "kv_heads": kv_heads}
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     for (name, size), of in zip(asked.items(), names, strict=True):

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
 from ..errors import InputError
@@ -31,6 +32,9 @@ class HiddenTask(Task):
         super().__init__()
         if not isinstance(target.lm, SpeechLM):
             raise InputError(f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there")
+        if not isinstance(target.lm.model, Qwen2Model):
+            kind = type(target.lm.model).__name__
+            raise InputError(f"drafter is 'hidden', of Qwen2 layers; of {kind} only the paper's is there")
         target.lm.requires_grad_(False)
         self.target, self.draft = target, HiddenDraft(target.lm)
         if begin is None:

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 from ..models.checkpoints import weights_sha256
 from ..models.codec import Codec
 from ..models.draft import draft_layers
-from ..models.speech_lm import SpeechLM, small_qwen2
+from ..models.families import UNGROUPED, final_norm, mask_for, small_decoder
+from ..models.speech_lm import SpeechLM
 from ..speech.text import SYMBOLS, TEXT_VOCABULARY
 from .codec import flip
 from .data import Example, collate
@@ -35,6 +36,7 @@ class TargetOptions:
                   without the middle, as LayerSkip's do (Elhoushi et al. 2024)
     prompted      part of the utterances that stand behind a short one of their voice
     splice        part of the utterances that are cut and joined anew (``splice.splice``)
+    family        of ``models.families``; what has no kv_heads of its own leaves these out
     ffn, heads    0: four times the width, and heads of 64 (at least four)
     """
 
@@ -48,14 +50,16 @@ class TargetOptions:
     draft_weight: float = 0.5
     prompted: float = 0.8
     splice: float = 0.4
+    family: str = "qwen2"
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         heads = self.heads or max(4, self.hidden // 64)
-        return self.hidden, self.ffn or 4 * self.hidden, self.layers, heads, self.kv_heads
+        kv_heads = heads if self.family in UNGROUPED else self.kv_heads
+        return self.hidden, self.ffn or 4 * self.hidden, self.layers, heads, kv_heads
 
     def untrained(self, codec: Codec) -> SpeechLM:
-        model = small_qwen2(*self.sizes, TEXT_VOCABULARY, max_position_embeddings=4096)
+        model = small_decoder(self.family, *self.sizes, TEXT_VOCABULARY, max_position_embeddings=4096)
         return SpeechLM(model, codec.config.codebook_size + STOP_TOKENS)
 
 
@@ -96,13 +100,14 @@ class TargetTask(Task):
         self.pieces, self.prompts = by_voice(pieces), by_voice(pieces, PROMPT_TOKENS)
         self.words = {example.id: find_words(example) for example in pieces} if options.splice else {}
         self.lm = options.untrained(codec)
-        self.lm.model.set_attn_implementation("eager")  # on a CPU SDPA's backward takes twice its time
+        if not torch.cuda.is_available():  # on a CPU SDPA's backward takes twice its time
+            self.lm.model.set_attn_implementation("eager")
         for module, scale in ((self.lm.speech_embedding, 0.3), (self.lm.head, 0.05)):
             parametrize.register_parametrization(module, "weight", SharedDigits(codec))
             nn.init.normal_(module.parametrizations.weight.original0, std=scale / math.sqrt(codec.config.digits))
             nn.init.zeros_(module.parametrizations.weight.original1)
         nn.init.zeros_(self.lm.head.bias)
-        nn.init.normal_(self.lm.model.embed_tokens.weight, std=0.3)
+        nn.init.normal_(self.lm.model.get_input_embeddings().weight, std=0.3)
         self.bottom, self.top = draft_layers(options.layers)
         depths = {options.layers // 3, 2 * options.layers // 3}
         heads = {name: nn.Linear(options.hidden, 2 * len(SYMBOLS)) for name in ("draft", *map(str, sorted(depths)))}
@@ -157,15 +162,17 @@ class TargetTask(Task):
             batch = collate(self.lm, items, self.stop, noise=self._flipped if self.training else None)
             embedded = batch.embedded
             places = torch.arange(embedded.shape[1], device=embedded.device)[None]
-            causal = torch.full((1, 1, places.shape[1], places.shape[1]), -math.inf, device=embedded.device).triu(1)
-            masks = {"full_attention": causal}
-            whole = model(inputs_embeds=embedded, attention_mask=masks, use_cache=False, output_hidden_states=True)
+            causal = None  # SDPA's own case
+            if model.config._attn_implementation == "eager":
+                causal = embedded.new_full((1, 1, places.shape[1], places.shape[1]), -math.inf).triu(1)
+            given = {"attention_mask": mask_for(model, causal), "use_cache": False, "output_hidden_states": True}
+            whole = model(inputs_embeds=embedded, **given)
             short, angles = whole.hidden_states[self.bottom], model.rotary_emb(embedded, places)
             depths = {str(place): hidden for place, hidden in enumerate(whole.hidden_states)}
             for place, layer in enumerate(model.layers[len(model.layers) - self.top :]):
                 depths |= {"draft": short} if place == self.top // 2 else {}
                 short = layer(short, causal, position_ids=places, position_embeddings=angles)
-            ends = (whole.last_hidden_state, model.norm(short))
+            ends = (whole.last_hidden_state, final_norm(model)(short))
             q, p = (self.lm.head(hidden[batch.at]).float() for hidden in ends)  # (N, 6564)
             heads = [head(depths[depth][batch.at]).float() for depth, head in self.phone_heads.items()]
             phones = [x.reshape(-1, len(SYMBOLS)) for x in heads]  # (2 N, phones)

@@ -11,9 +11,10 @@ from ssd_repro.decoding.drafters import HiddenDrafter, Tape
 from ssd_repro.decoding.result import DecodeConfig
 from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.decoding.speculative import autoregressive, speculative
+from ssd_repro.models.families import small_qwen2
 from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
 from ssd_repro.models.runtimes.openvino import OpenVINOLM
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 from ssd_repro.training.hidden import unrolled
 
 PREFIX = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1))

@@ -15,7 +15,8 @@ from ssd_repro.decoding.speculative import autoregressive
 from ssd_repro.errors import InputError
 from ssd_repro.experiment import baselines, bench, cost, growth, report, speed
 from ssd_repro.models.draft import make_draft
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.families import small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 
 TARGET = tiny_lm(layers=4)
 DRAFT = make_draft(TARGET, bottom=1, top=1).requires_grad_(False)
@@ -38,19 +39,22 @@ def test_the_exported_models_logits_are_ours(lm):
     assert model.model.embed_tokens is not lm.model.embed_tokens and lm.model.config.vocab_size == 5
 
 
-@pytest.mark.parametrize("assisted", [False, True])
+@pytest.mark.parametrize("how", [(False,), (True,), (True, True)], ids=["generate", "assisted", "custom"])
 @pytest.mark.parametrize("low", [0, 12])
-def test_greedy_tokens_are_ours(assisted, low):
+def test_greedy_tokens_are_ours(how, low):
     greedy = DecodeConfig(sampler=Sampler(temperature=0), max_tokens=30, min_tokens=low, stop_ids=(11, 12))
     ours = autoregressive(TARGET, PREFIX, greedy, generator())
-    made = THEIRS.decode(THEIRS.prompt(PREFIX), greedy, 0, assisted)
+    made = THEIRS.decode(THEIRS.prompt(PREFIX), greedy, 0, *how)
     assert tuple(made[: len(ours.tokens)]) == ours.tokens and len(ours.tokens) >= low
     assert len(made) == len(ours.tokens) + ours.stopped and (not ours.stopped or made[-1] in (11, 12))
 
 
-def test_assisted_generation_draws_from_our_sampler():
+@pytest.mark.parametrize("custom", [False, True])
+def test_assisted_generation_draws_from_our_sampler(custom):
     """Chi-square of 150 sequences of 3 tokens; fails by chance once in 10,000 seeds, and these are fixed."""
-    config = DecodeConfig(sampler=Sampler(temperature=0.8, top_k=2, top_p=1.0, ras=False), max_tokens=3, stop_ids=(12,))
+    config = DecodeConfig(
+        sampler=Sampler(temperature=0.8, top_k=2, top_p=1.0, ras=False), max_tokens=3, stop_ids=(12,), tolerance=0.0
+    )
     law, session = {(): 1.0}, TARGET.session()
     with torch.inference_mode():
         first = session.prefill(PREFIX)[0]
@@ -67,7 +71,7 @@ def test_assisted_generation_draws_from_our_sampler():
             law = following
     ids, counts = THEIRS.prompt(PREFIX), {}
     for seed in range(150):
-        made = tuple(THEIRS.decode(ids, config, seed, assisted=True))
+        made = tuple(THEIRS.decode(ids, config, seed, True, custom))
         counts[made] = counts.get(made, 0) + 1
     assert len(law) > 5 and p_value(counts, law) > 1e-4
 
@@ -90,22 +94,22 @@ def test_each_system_once_and_no_utterance_twice(tmp_path, monkeypatch):
     take = bench.Bench.take
     monkeypatch.setattr(bench.Bench, "take", lambda self, c, *rest: taken.append(c.system) or take(self, c, *rest))
     rows = bench.measure(voice, voice.utterances(2), tmp_path, longest=8)
-    names = ["hf_generate", "hf_assisted", "ar", "ssd0", "ssd"]
-    warm, apart = names, names[2:]
+    names = ["hf_generate", "hf_assisted", "hf_custom", "ar", "ssd0", "ssd"]
+    warm, apart = names, names[3:]
     assert taken == [*warm, *names, *apart, *names[1:], names[0], *apart] and list(rows.system) == 2 * names
     assert (rows.tokens == 8).all() and (rows.lm_seconds > 0).all() and rows.key.is_unique
     ours = rows[rows.runtime == "eager"]
     assert (ours.forward_seconds < ours.round_seconds).all() and (ours.forward_seconds > 0).all()
     assert set(rows.precision) == {"fp32"} and not any(sampler["ras"] for sampler in rows.sampler)
     again = bench.measure(voice, voice.utterances(2), tmp_path, longest=8)
-    assert len(taken) == 5 + 2 * 8 and list(again.key) == list(rows.key)
+    assert len(taken) == 6 + 2 * 9 and list(again.key) == list(rows.key)
     more = bench.measure(voice, voice.utterances(2), tmp_path, longest=8, tolerance=0.2)  # other company: all anew
     assert not set(more.key) & set(rows.key)
 
 
 def test_ours_on_a_fast_runtime_are_measured_on_eager_too():
     names = [(c.system, c.runtime) for c in bench.contenders("openvino", 0.4, compile=True)]
-    assert len(names) == 10 and ("ssd", "openvino") in names and ("ssd_eager", "eager") in names
+    assert len(names) == 11 and ("ssd", "openvino") in names and ("ssd_eager", "eager") in names
     more = bench.contenders("openvino", 0.4, False, ["hidden"])[-2:]
     assert [(c.system, c.tolerance, c.drafter) for c in more] == [
         ("ssd0_hidden", 0.0, "hidden"),
@@ -118,7 +122,8 @@ def test_bench_as_a_command(fake, tmp_path, capsys):
     command = ["bench", "--utterances", "2", "--longest", "6", "--out", str(tmp_path), "--json"]
     assert cli.main(command) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"ar_over_hf_generate", "ssd_over_hf_assisted", "ssd_over_ar", "ssd0_over_ar"} <= set(said["ratios"])
+    known = {"ar_over_hf_generate", "ssd_over_hf_assisted", "ssd_over_ar", "ssd0_over_ar", "custom_over_assisted"}
+    assert known <= set(said["ratios"])
     assert {"verify_over_step", "draft_over_step", "outside_forwards"} <= set(said["ratios"])
     assert set(said["intervals"]["ratios"]) == set(said["ratios"]) and said["utterances"] == 2
     assert (said["device"], said["runtime"]) == ("cpu", "eager") and said["threads"] >= 1

@@ -13,7 +13,7 @@ from made_rows import geometric, three_systems
 
 from ssd_repro import cli, files
 from ssd_repro.errors import InputError
-from ssd_repro.experiment import figures, interactive, provenance, report, run, studies, systems, theory
+from ssd_repro.experiment import architectures, figures, interactive, provenance, report, run, studies, systems, theory
 from ssd_repro.experiment.systems import AUTOREGRESSIVE, System
 from ssd_repro.speech import load, sentences
 
@@ -50,6 +50,8 @@ def fill(voice, folder):
     at |= {"betas": [1.0], "mixtures": [0.5], "ranks": [2], "epsilons": [0.1], "cosines": [0.5]}
     heard = [AUTOREGRESSIVE, System("speculative", None, 3, rule="ensemble:0.5")]
     studies.Study("09_price_of_tolerance", at, folder, voice, heard, said).price(heard)
+    rows = architectures.measure([voice], architectures.systems(0.4, 3), said, folder, repeats=1)
+    architectures.recorded(rows, [voice], folder, "quick", POINT)
 
 
 def test_report_makes_everything_from_rows_alone(fake, tmp_path, monkeypatch):

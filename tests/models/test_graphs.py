@@ -16,10 +16,11 @@ from ssd_repro.decoding.sampling import Sampler, probabilities
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
 from ssd_repro.models.draft import make_draft
+from ssd_repro.models.families import small_qwen2
 from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
 from ssd_repro.models.runtimes import graphs
 from ssd_repro.models.runtimes.graphs import FixedCache, StaticLM, StaticSession
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 
 TARGET = tiny_lm(layers=2)
 DRAFT = make_draft(TARGET, bottom=1, top=0)

@@ -16,8 +16,9 @@ from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
 from ssd_repro.models.draft import make_draft
+from ssd_repro.models.families import small_qwen2
 from ssd_repro.models.runtimes import openvino as runtime
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 
 pytest.importorskip("openvino")
 TARGET = tiny_lm(layers=4)

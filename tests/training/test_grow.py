@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ssd_repro.errors import InputError
-from ssd_repro.models.speech_lm import SpeechLM, small_qwen2
+from ssd_repro.models.families import small_qwen2
+from ssd_repro.models.speech_lm import SpeechLM
 from ssd_repro.training.grow import grow, new_order
 
 

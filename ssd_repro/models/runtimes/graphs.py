@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import Qwen2Model
 
 from ...decoding.drafters import Drafter, Tape
 from ...decoding.result import DecodeConfig
@@ -43,6 +44,10 @@ class StaticLM:
 
     def __init__(self, lm: SpeechLM, max_length: int, record: bool | None = None) -> None:
         check_number("max_length", max_length, 1, 1_000_000, whole=True)
+        if not isinstance(lm.model, Qwen2Model):
+            raise InputError(
+                f"runtime graphs knows Qwen2 decoders, not {type(lm.model).__name__}: choose runtime eager"
+            )
         self.lm, self.max_length = lm, max_length
         self.record = lm.head.weight.is_cuda if record is None else record
         self._free: list[FixedCache] = []
