@@ -83,7 +83,8 @@ class Exhibit:
 
     note: what stands below the table, or what computes it from the rows. draw(table, axes) fills the axes of a figure
     of ``shape`` (rows, columns) and ``size`` inches. page: the columns that a page has room for, if not all; the CSV
-    has all. of_folder: made of the scored rows of all of the folder's notebooks in ``SCORED``.
+    has all. of_folder: made of the scored rows of all of the folder's notebooks in ``SCORED``. study: made of rows of
+    that study, of which a run may have none.
     """
 
     notebook: str
@@ -97,6 +98,7 @@ class Exhibit:
     with_ratings: bool = False
     page: tuple[str, ...] = ()
     of_folder: bool = False
+    study: str = ""
 
 
 def _and_paper(notebook: str, table: Callable, at_setting: bool = False, **settings) -> Exhibit:
@@ -214,7 +216,14 @@ EXHIBITS = {
         page=("threads", "L_d", "step, ms", "c", "V", "predicted speed-up"),
     ),
     "growth_length": Exhibit(
-        "08_growth", speed.over_lengths, LENGTHS, speed.draw_lengths, (1, 2), (WIDTH, 4), page=(*_LENGTHS, "speed-up")
+        "08_growth",
+        speed.over_lengths,
+        LENGTHS,
+        speed.draw_lengths,
+        (1, 2),
+        (WIDTH, 4),
+        page=(*_LENGTHS, "speed-up"),
+        study="lengths",
     ),
     "price": Exhibit(PRICED, price.frontier, PRICE, price.draw, (1, 2), (WIDTH, 4.4), price.readable, page=_RULES),
     "price_equal": Exhibit(
@@ -304,8 +313,9 @@ def report(folder: Path, pages: Sequence[Path] = ()) -> list[str]:
     texts, known = {page: page.read_text("utf-8") for page in pages}, rows_of_folder(folder)
     for name in list(ran):
         rows, about = rows_of_run(folder, EXHIBITS[name].notebook, known)
-        if EXHIBITS[name].of_folder and not tables.has(scored_rows(folder, rows, about), "words"):
-            ran.remove(name)  # made of what was scored, and nothing was
+        unscored = EXHIBITS[name].of_folder and not tables.has(scored_rows(folder, rows, about), "words")
+        if unscored or (EXHIBITS[name].study and EXHIBITS[name].study not in set(rows.study)):
+            ran.remove(name)  # what it is made of was not measured
             continue
         shown = show(name, rows, folder, about)
         plt.close("all")
