@@ -81,30 +81,23 @@ def parser() -> Parser:
     run.set_defaults(function=run_run)
     run.format_help = lambda: _help_of_run(run)
 
-    report = commands.add_parser(
-        "report", help="make the tables, figures and index.html of results/<profile>/ from its rows"
-    )
+    report = commands.add_parser("report", help="tables, figures and index.html of results/<profile>/ from its rows")
     report.add("--profile", "quick", "names the results folder")
     report.add("--out", "", "results folder; default results/<profile>")
-    report.add(
-        "--readme",
-        None,
-        "page to put tables and numbers into; default the pages that show this profile",
-        Path,
-    )
+    report.add("--readme", None, "page to put the numbers into; default those that show this profile", Path)
     report.set_defaults(function=run_report)
 
     samples = commands.add_parser("samples", help="make the sound samples of the results page from the rows' tokens")
     samples.add("--profile", "quick", "names the results folder")
     samples.add("--out", "", "results folder; default results/<profile>")
     samples.add("--sentences", 8, "how many, from 1 to 100; chosen by a rule, not by hand")
-    samples.set_defaults(function=run_samples)
+    samples.set_defaults(function=run_from_tokens)
 
     score = commands.add_parser("score", help="WER and other metrics of rows decoded without them, from their tokens")
     score.add("--profile", REQUIRED, "names the results folder", str)
     score.add("--out", "", "results folder; default results/<profile>")
     score.add("--notebook", "01_table1", "whose rows")
-    score.set_defaults(function=run_score)
+    score.set_defaults(function=run_from_tokens)
 
     bench = commands.add_parser("bench", help="time our decoding beside transformers' on the same weights")
     bench.add("--utterances", 30, "how many; the same command goes on where a killed one was")
@@ -137,7 +130,7 @@ def parser() -> Parser:
     train.add("--out", REQUIRED, "folder for the draft; the same command goes on where a killed one was", Path)
     train.add("--recipe", "paper", "paper: learn from the data's speech; on-policy: from the target's own")
     train.add("--drafter", "paper", "paper: bottom and top layers; hidden: one layer on the target's hidden states")
-    train.add("--loss", "", "of the paper's drafter: ce (default for the paper's recipe) or kl (for on-policy)")
+    train.add("--loss", "", "of the paper's drafter: ce (default for the paper's recipe), kl (for on-policy) or tv")
     train.add("--device", "auto", "auto, cpu or cuda")
     train.add("--precision", "bf16", "bf16 or fp32")
     train.add("--steps", 20_000, "optimiser steps")
@@ -151,6 +144,7 @@ def parser() -> Parser:
     train.add("--held-out", 64, "rows that are only evaluated on")
     train.add("--longest", 1500, "speech tokens; longer rows are left out")
     train.add("--samples", None, "rows that the on-policy recipe speaks; default all", int)
+    train.add("--sample-batch", 1, "of them at once; on a GPU hundreds")
     train.set_defaults(function=run_train_draft)
     return top
 
@@ -282,24 +276,17 @@ def run_report(options) -> int:
     return 0
 
 
-def run_score(options) -> int:
-    from .experiment import scoring
-    from .experiment.notebooks import progress
+def run_from_tokens(options) -> int:
+    """Commands ``samples`` and ``score``: from the rows' tokens, by the voice that made them."""
+    from .experiment import samples, scoring
 
     folder = _with_provenance(options)
     with redirect_stdout(sys.stderr), locked(folder / ".run.lock"):
-        rows = scoring.score(folder, options.notebook, progress=progress)
-    print(f"{folder}: {len(rows)} rows of {options.notebook} are scored; `ssd-repro report` makes their tables")
-    return 0
-
-
-def run_samples(options) -> int:
-    from .experiment import samples
-
-    folder = _with_provenance(options)
-    with redirect_stdout(sys.stderr), locked(folder / ".run.lock"):
-        made = samples.make(folder, options.sentences)
-    print(f"{folder / 'samples'}: {len(made['samples'])} sounds; `ssd-repro report` puts them into the page")
+        if options.command == "samples":
+            made = f"{folder / 'samples'}: {len(samples.make(folder, options.sentences)['samples'])} sounds"
+        else:
+            made = f"{folder}: {len(scoring.score(folder, options.notebook))} rows of {options.notebook} are scored"
+    print(f"{made}; `ssd-repro report` shows them")
     return 0
 
 
@@ -365,7 +352,7 @@ def run_train_draft(options) -> int:
     from .training.loop import Settings
 
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "until"})
-    more = ("held_out", "longest", "samples", "device")
+    more = ("held_out", "longest", "samples", "sample_batch", "device")
     rest = {name: getattr(options, name) for name in ("recipe", "loss", "drafter", *more)}
     draft.train(options.target, options.data, options.out, settings, **rest, log=_log)
     if is_first():

@@ -151,7 +151,12 @@ def draw(probs: Tensor, generator: torch.Generator) -> Tensor:
     synchronisation (``torch.multinomial`` has one), and at V = 6,564 on a CPU an eighth of
     the time of the argmax of probs / Exponential noise. A token of probability 0 is not drawn.
     """
-    total = probs.cumsum(-1, dtype=torch.float64)
     uniform = torch.rand((*probs.shape[:-1], 1), generator=generator, dtype=torch.float64, device=probs.device)
+    return invert(probs, uniform)
+
+
+def invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    """``draw`` with given numbers: probs (..., V), uniform (..., 1) float64 in [0, 1) -> (...,) int64."""
+    total = probs.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(total, uniform * total[..., -1:], right=True)
     return index[..., 0].clamp_max(probs.shape[-1] - 1)  # NaN rows end beyond the last

@@ -73,6 +73,10 @@ LENGTHS = (
     "One utterance that is not let stop, prefill included, and what the process (on a GPU: torch) had grown by; cache: "
     "computed. Floor: bytes of weights and cache of a target step over the machine's GB/s."
 )
+BATCHES = (
+    "The same utterances, so many at once, target and the paper's draft by torch, L_d and beta as in the other tables; "
+    "prefill included, and the time of a batch is that until its last row has ended. One measurement, no interval."
+)
 PRICE = (
     "Means over all places where the loop drafts, along what the target says by itself. Acceptance: of a draft, "
     "expected; TV: total variation between what the rule then says and the target, 0 to 1; bound: max(0, "

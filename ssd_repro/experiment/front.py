@@ -1,4 +1,7 @@
-"""README's first screen, made from the tables of one results folder: what was measured, four to five rows, and why."""
+"""README's first screen, made from the tables of one results folder: what was measured, four to five rows, and why.
+
+Beside it a paragraph on a GPU, from the folder ``gpu`` next to it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import pandas as pd
 from ..errors import InputError
 from . import paper
 from .conclusions import value
+from .provenance import all_provenance
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
+ON_GPU = "**On a GPU**"
 BETA = 0.4  # of the paper's Table 1
 
 
@@ -24,11 +29,15 @@ def renew(text: str, folder: Path) -> str:
         return text
     table, theory = (pd.read_csv(file) for file in files)
     paragraphs = text.split("\n\n")
-    for begin, made in zip(BEGINS, made_of(table.set_index("system"), theory), strict=True):
-        places = [i for i, paragraph in enumerate(paragraphs) if paragraph.startswith(begin)]
+    made = dict(zip(BEGINS, made_of(table.set_index("system"), theory), strict=True))
+    gpu = Path(folder).parent / "gpu"
+    if ON_GPU in text and (other := gpu / "tables" / "table1.csv").is_file():
+        made[ON_GPU] = _on_gpu(pd.read_csv(other).set_index("system"), all_provenance(gpu)["01_table1"])
+    for begin, paragraph in made.items():
+        places = [i for i, old in enumerate(paragraphs) if old.startswith(begin)]
         if len(places) != 1:
             raise InputError(f"the page has {len(places)} paragraphs that begin with {begin!r}; it must have one")
-        paragraphs[places[0]] = made
+        paragraphs[places[0]] = paragraph
     return "\n\n".join(paragraphs)
 
 
@@ -66,6 +75,23 @@ def _claim(table: pd.DataFrame, lossless: pd.Series | None) -> str:
         f"{said} Without any loss (beta 0: exactly the target's distribution) the best drafter here makes it "
         f"{value(lossless, 'speed-up')} times as fast (the paper: {theirs[0.0]:.2f})."
     )
+
+
+def _on_gpu(table: pd.DataFrame, about: dict) -> str:
+    """table: its Table 1 by system; about: the entry of provenance.json that made it."""
+    ssd, alone, lossless = table.loc["SSD"], table.loc["Autoregressive"], _fastest(table, "beta 0, ")
+    said = (
+        f"{ON_GPU} ({about['chip']}, {about['parameters']['precision']}, CUDA graphs, {alone.n:g} sentences) the "
+        f"paper's recipe is {value(ssd, 'speed-up')} times as fast as the target alone"
+    )
+    tuned = table[[f"on-policy drafter, beta {BETA:g}, " in name for name in table.index]]
+    if len(tuned):
+        own = tuned.iloc[0]
+        said += (
+            f", the same layers trained on the target's own speech {value(own, 'speed-up')} times, at a WER of "
+            f"{own['WER %']:.1f} % against {alone['WER %']:.1f} %"
+        )
+    return f"{said}; without any loss the best drafter makes it {value(lossless, 'speed-up')} times as fast."
 
 
 def _table(rows: dict[str, tuple[pd.Series, pd.Series | None]]) -> str:

@@ -178,6 +178,46 @@ def lengths(
     return to_frame(found)
 
 
+def batches(
+    voice, sizes: list[int], folder, draft_length: int, seed: int = 0, tolerance: float = 0.4, progress=iter
+) -> pd.DataFrame:
+    """One row per number of sequences at once and method: tokens and seconds, by torch, of the same utterances.
+
+    These are as many as the largest of ``sizes``; a smaller batch decodes them in several turns.
+    """
+    for each in sizes:
+        check_number("a number of batches", each, 1, 1024, whole=True)
+    if not sizes:
+        return pd.DataFrame()
+    said = voice.utterances(max(sizes), seed)
+    shared = {**_shared(voice, tolerance), "study": "batches", "weights": voice.weights_id, "utterances": len(said)}
+    shared |= {"draft_length": draft_length, "seed": seed}
+    found = []
+    with locked_rows(folder, "growth") as path:
+        known = rows_of_folder(folder)
+        for size in progress(sizes):
+            settings = {method: {**shared, "batch": size, "method": method} for method in SYSTEMS}
+            measure = partial(_together, voice, said, size, tolerance, draft_length)
+            found += rows_together(path, known, settings, measure)
+    return to_frame(found)
+
+
+def _together(voice, said: list, size: int, tolerance: float, draft_length: int) -> dict[str, dict]:
+    """Method -> tokens (stop tokens among them) and seconds of all utterances, ``size`` at once; methods in turns."""
+    numbers, load = {method: {"tokens": 0, "lm_seconds": 0.0} for method in SYSTEMS}, LoadMeter()
+    firsts = range(0, len(said), size)
+    for turn, first in enumerate([0, *firsts]):  # the first one warms up
+        few = said[first : first + size]
+        for method in SYSTEMS if turn % 2 else SYSTEMS[::-1]:
+            given = [each.text for each in few], method, [each.voice for each in few], tolerance, draft_length
+            takes = voice.speak_together(*given, [each.seed for each in few])
+            if turn:
+                emitted = [r.emitted for take in takes for sentence in take.sentences for r in sentence.rounds]
+                numbers[method]["tokens"] += sum(emitted)
+                numbers[method]["lm_seconds"] += takes[0].lm_seconds
+    return {method: {**found, "processes": 1, "other_load": load.other_load()} for method, found in numbers.items()}
+
+
 def _long(voice, said, method: str, marks: list[int], draft_length: int, tolerance: float) -> dict[str, dict]:
     piece, load = voice.front.pieces(said.text, said.voice)[0], LoadMeter()
     prefix, (target, draft) = voice.prefix(piece, said.voice), voice.models

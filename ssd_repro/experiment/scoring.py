@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InputError
 from ..files import append_row, write_text
 from . import metrics
+from .notebooks import progress
 from .provenance import all_provenance
 from .rows import key, locked_rows, rows_of_folder
 from .samples import sound, voice_of
 
 
-def score(folder: Path, notebook: str = "01_table1", whisper: str = "", speaker: str = "", progress: Callable = iter):
+def score(folder: Path, notebook: str = "01_table1", whisper: str = "", speaker: str = ""):
     """Score the rows of ``notebook`` in ``folder`` -> the new rows, in rows/scored.jsonl; all else as it was measured.
 
     provenance.json then names the scored rows, so that the tables are made of them. A row is scored once; a killed

@@ -199,6 +199,21 @@ def begins(rows: pd.DataFrame) -> str:
     return f"A speed-up of {WANTED} is predicted for {'; '.join(said)}."
 
 
+def over_batches(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per number of sequences at once: tokens per second of both methods, by torch, and their ratio."""
+    found = rows[rows.study == "batches"].assign(rate=lambda of: of.tokens / of.lm_seconds)
+    rate = found.pivot_table(index="batch", columns="method", values="rate")
+    return pd.DataFrame(
+        {
+            "autoregressive, tokens / s": rate.autoregressive,
+            "SSD, tokens / s": rate.speculative,
+            "speed-up": rate.speculative / rate.autoregressive,
+            "SSD over one at a time": rate.speculative / rate.speculative.iloc[0],
+            "utterances": found.groupby("batch").utterances.first(),
+        }
+    ).rename_axis("sequences at once")
+
+
 def over_lengths(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per length of an utterance: time a token of both methods, memory, and the floor of a target's step."""
     length = rows[rows.study == "lengths"]

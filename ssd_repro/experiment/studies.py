@@ -122,7 +122,8 @@ class Study:
         how = {"tolerance": p["tolerance"], "progress": progress}
         prices = growth.prices(self.voice, where, self.folder, p["price_tokens"], p["price_repeats"], **how)
         lengths = growth.lengths(self.voice, p["seconds"], self.folder, p["draft_length"], p["seed"], **how)
-        return self._recorded(pd.concat([spoken, prices, lengths], ignore_index=True))
+        together = growth.batches(self.voice, p["batches"], self.folder, p["draft_length"], p["seed"], **how)
+        return self._recorded(pd.concat([spoken, prices, lengths, together], ignore_index=True))
 
 
 def begin(notebook: str, parameters: dict) -> Study:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
+from .batch_session import BatchSession
 from .families import mask_for
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +54,11 @@ class SpeechLM(nn.Module):
 
     def session(self) -> Session:
         return Session(self)
+
+    def batch(self, prefixes: list[Tensor], room: int) -> tuple[BatchSession, Tensor]:
+        """As ``decoding.batch.BatchModel``: prefixes (1, T, hidden) -> session of B sequences, logits (B, V)."""
+        session = BatchSession(self, [prefix.shape[1] for prefix in prefixes], room)
+        return session, session.prefill(prefixes)
 
     def cast(self, precision: str) -> SpeechLM:
         """Parameters to 'fp32' or 'bf16', in place; a draft's shared ones change with its target's.

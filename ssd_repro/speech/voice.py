@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decoding import rules
+from ..decoding import batch, rules
 from ..decoding.drafters import LanguageModel
 from ..decoding.result import PHASES, Clock, DecodeConfig, DecodeResult
 from ..decoding.sampling import Sampler
@@ -164,35 +164,84 @@ class Voice:
         generator = torch.Generator(self.device).manual_seed(seed)
         began = time.perf_counter()
         pieces = self.front.pieces(text, voice)
-        text_seconds, codec_seconds = time.perf_counter() - began, 0.0
-        results, audio, gap = [], [], np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
-        for piece in pieces:
-            settings = (method, voice, tolerance, draft_length, generator, on_tokens, drafter)
-            result = self.decode(piece, *settings, **decoding)
-            results.append(result)
-            began = time.perf_counter()
+        text_seconds = time.perf_counter() - began
+        settings = (method, voice, tolerance, draft_length, generator, on_tokens, drafter)
+        results = [self.decode(piece, *settings, **decoding) for piece in pieces]
+        phases = {phase: sum(r.seconds[phase] for r in results) for phase in PHASES}
+        shared = {"method": method, "tolerance": tolerance, "draft_length": draft_length, "drafter": drafter}
+        shared |= {"verification": verification, "confidence": confidence}
+        return self._take(text, voice, seed, results, {"text": text_seconds, **phases}, shared)
+
+    def _take(self, text: str, voice: str, seed: int, results: list[DecodeResult], seconds: dict, shared: dict) -> Take:
+        """The sound of the pieces' tokens; seconds: those of all that came before it."""
+        began, audio, gap = time.perf_counter(), [], np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
+        for result in results:
             if result.tokens:
                 audio += [gap, self.vocode(result.tokens, voice)]
-            codec_seconds += time.perf_counter() - began
-        phases = {phase: sum(r.seconds[phase] for r in results) for phase in PHASES}
         return Take(
-            method=method,
             text=text,
             voice=voice,
             token_ids=tuple(t for r in results for t in r.tokens),
             audio=np.concatenate(audio[1:]) if audio else gap[:0],
-            seconds={"text": text_seconds, **phases, "codec": codec_seconds},
+            seconds={"text": 0.0, **seconds, "codec": time.perf_counter() - began},
             sentences=tuple(results),
             seed=seed,
             device=str(self.device),
-            tolerance=tolerance,
-            draft_length=draft_length,
             sample_rate=self.sample_rate,
             gap_seconds=self.gap_seconds,
-            drafter=drafter,
-            verification=verification,
-            confidence=confidence,
+            **shared,
         )
+
+    def speak_together(
+        self,
+        texts: list[str],
+        method: str = "speculative",
+        voices: str | list[str] = "af_heart",
+        tolerance: float = 0.4,
+        draft_length: int = 3,
+        seeds: int | list[int] = 0,
+    ) -> list[Take]:
+        """``speak`` of several texts in one batch: each forward serves all pieces of all texts that are not done.
+
+        Target and the paper's draft run by torch, whatever the voice's runtime. voices, seeds: one for all, or one for
+        each text. A text has the distribution that it has by itself, and its tokens do not depend on the others', but
+        they are other ones than ``speak``'s. Seconds of a take are those of the whole batch, its codec's its own.
+        InputError as ``speak``'s, for method draft, and for lists that are not as long as texts.
+        """
+        named, seeded = (self._each(values, texts, what) for values, what in ((voices, "voices"), (seeds, "seeds")))
+        if method not in ("autoregressive", "speculative"):
+            raise InputError(f"method {method!r} is not one of a batch: choose autoregressive or speculative")
+        texts = [
+            self.check(text, method, name, tolerance, draft_length, seed)
+            for text, name, seed in zip(texts, named, seeded, strict=True)
+        ]
+        pieces = [self.front.pieces(text, name) for text, name in zip(texts, named, strict=True)]
+        owner = [i for i, several in enumerate(pieces) for _ in several]
+        flat = [piece for several in pieces for piece in several]
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeded]
+        made = batch.decode(
+            self.target,
+            self.draft if method == "speculative" else None,
+            [self.prefix(piece, named[i]) for i, piece in zip(owner, flat, strict=True)],
+            [self.config(len(piece), tolerance, draft_length) for piece in flat],
+            [generators[i] for i in owner],
+        )
+        shared = {"method": method, "tolerance": tolerance, "draft_length": draft_length}
+        results = [[r for j, r in zip(owner, made, strict=True) if j == i] for i in range(len(texts))]
+        return [
+            self._take(text, name, seed, results[i], made[0].seconds, shared)
+            for i, (text, name, seed) in enumerate(zip(texts, named, seeded, strict=True))
+        ]
+
+    def _each(self, values, texts: list[str], what: str) -> list:
+        if not isinstance(texts, (list, tuple)) or not texts:
+            raise InputError(f"texts is {texts!r}: give a list of at least one text")
+        found = values if isinstance(values, (list, tuple)) else [values] * len(texts)
+        if len(found) != len(texts):
+            raise InputError(
+                f"{what} has {len(found)} entries for {len(texts)} texts: give one for all, or one for each"
+            )
+        return list(found)
 
     def stream(
         self,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decoding.result import DecodeConfig
+from ..decoding.batch import decode as batch_decode
+from ..decoding.result import DecodeConfig, DecodeResult
 from ..decoding.sampling import Sampler, probabilities
 from ..decoding.speculative import autoregressive
 from ..errors import InputError
@@ -141,16 +142,22 @@ def load_target(path: Path) -> Target:
     return Target(lm, cosyvoice.SPEECH_TOKENS, lm.layout.eos, lm.layout.config, needed=needed)
 
 
-def sample(target: Target, examples: list[Example], settings: Settings, folder: Path, accelerator, log=print) -> list:
+def sample(
+    target: Target, examples: list[Example], settings: Settings, folder: Path, accelerator, log=print, batch: int = 1
+) -> list:
     """``examples`` with what the target says to their texts in place of their speech; kept in ``folder``.
 
-    A row depends on (seed, its id) alone; the folder is a data folder, which a killed run goes on
-    with (``share_rows``). InputError if it holds samples of another target, other data or other settings.
+    A row depends on (seed, its id) alone, made by itself or in a batch (which two give other rows); the folder is a
+    data folder, which a killed run goes on with (``share_rows``). InputError if it holds samples of another target,
+    other data or other settings, or if a batch of this target cannot be.
     """
+    if batch > 1 and isinstance(target, CausalTarget):
+        raise InputError(f"a batch of {batch} cannot be sampled from a causal model of transformers: make it 1")
     texts = [replace(one, speech=one.speech[:0], stopped=True, aligned=None) for one in examples]
     about = {"seed": settings.seed, "precision": settings.precision, "data": data_sha256(texts)}
     about["target"] = checkpoints.weights_sha256(target.lm)
     about["decoding"] = target.described()
+    about["batch"] = True if batch > 1 else None  # None: as in folders made before there were batches
     path = folder / "about.json"
 
     def check() -> None:
@@ -165,7 +172,13 @@ def sample(target: Target, examples: list[Example], settings: Settings, folder: 
     # In deployment's precision, in a copy; embeddings of the prompt come from it too.
     lm = copy.deepcopy(target.lm).to(accelerator.device).eval().cast(settings.precision)
     asked = replace(target, lm=lm)
-    share_rows(folder, examples, lambda example: sample_one(asked, example, settings.seed).row(), accelerator, log)
+
+    def make(few: list[Example]) -> list[dict]:
+        made = sample_batch(asked, few, settings.seed) if batch > 1 else [sample_one(asked, few[0], settings.seed)]
+        return [example.row() for example in made]
+
+    alike = sorted(examples, key=lambda example: len(example.text)) if batch > 1 else examples
+    share_rows(folder, alike, make, accelerator, log, batch)
     made = agree(accelerator, lambda: {row["id"]: Example.from_row(row) for row in rows_of(folder)})
     return [made[example.id] for example in examples if len(made[example.id].speech)]
 
@@ -173,9 +186,25 @@ def sample(target: Target, examples: list[Example], settings: Settings, folder: 
 @torch.inference_mode()
 def sample_one(target: Target, example: Example, seed: int) -> Example:
     """``example`` with the target's own speech; the generator is seeded by (seed, id)."""
+    prefix, generator = _asked(target, example, seed)
+    return _said(example, autoregressive(target.lm, prefix, target.decoding(example), generator))
+
+
+@torch.inference_mode()
+def sample_batch(target: Target, examples: list[Example], seed: int) -> list[Example]:
+    """``sample_one`` of all at once; a row's tokens do not depend on its neighbours."""
+    prefixes, generators = zip(*(_asked(target, example, seed) for example in examples), strict=True)
+    configs = [target.decoding(example) for example in examples]
+    made = batch_decode(target.lm, None, list(prefixes), configs, list(generators))
+    return [_said(example, result) for example, result in zip(examples, made, strict=True)]
+
+
+def _asked(target: Target, example: Example, seed: int) -> tuple[Tensor, torch.Generator]:
     device = target.lm.head.weight.device
     text, _, *prompt = (torch.from_numpy(part).long().to(device) for part in example.parts)
     own = int.from_bytes(hashlib.sha256(f"{seed}/{example.id}".encode()).digest()[:7], "big")
-    generator = torch.Generator(device).manual_seed(own)
-    result = autoregressive(target.lm, target.lm.prefix(text, *prompt), target.decoding(example), generator)
+    return target.lm.prefix(text, *prompt), torch.Generator(device).manual_seed(own)
+
+
+def _said(example: Example, result: DecodeResult) -> Example:
     return Example.from_row(example.row() | {"speech": list(result.tokens), "stopped": result.stopped})

@@ -145,17 +145,24 @@ def train(
     held_out: int = 64,
     longest: int = 1500,
     samples: int | None = None,
+    sample_batch: int = 1,
     device: str = "auto",
     log=print,
 ) -> tuple[SpeechLM, list[dict]]:
     """What ``ssd-repro train-draft`` does, in every process. Raises InputError, the same one in all.
 
     held_out: rows, chosen by the seed, that are only evaluated on; longest: rows with more
-    speech tokens are left out; samples: the on-policy recipe takes at most so many rows.
+    speech tokens are left out; samples: the on-policy recipe takes at most so many rows, and speaks
+    ``sample_batch`` of them at once.
     """
     loss_of(recipe, loss)
     check_choice("drafter", drafter, DRAFTERS)
-    for name, value, least in (("held_out", held_out, 0), ("longest", longest, 1), ("samples", samples, 1)):
+    for name, value, least in (
+        ("held_out", held_out, 0),
+        ("longest", longest, 1),
+        ("samples", samples, 1),
+        ("sample_batch", sample_batch, 1),
+    ):
         if value is not None:
             check_number(name, value, least, 1_000_000_000, whole=True)
     accelerator = processes(device)
@@ -172,7 +179,8 @@ def train(
         learned, dev = flat(rest), flat(held)
         if recipe == "on-policy":
             asked = [group[0] for group in held + rest[:samples]]  # renderings of a text have the same text
-            spoken, ids = sample(target, asked, settings, Path(out) / "samples", accelerator, log), {o.id for o in dev}
+            spoken = sample(target, asked, settings, Path(out) / "samples", accelerator, log, sample_batch)
+            ids = {o.id for o in dev}
             learned, dev = ([example for example in spoken if (example.id in ids) == kept] for kept in (False, True))
         how = {"accelerator": accelerator, "log": log}
         return train_draft(target, learned, dev, settings, out, recipe, loss, drafter, **how)

@@ -46,8 +46,12 @@ def rows_of(folder: Path) -> list[dict]:
     return [row for shard in sorted(folder.glob("*.jsonl")) for row in read_rows(shard)]
 
 
-def share_rows(folder: Path, items: list, make: Callable[..., dict | None], accelerator, log: Callable) -> None:
-    """A row of each of ``items`` that has none yet, in ``folder``/<process>.jsonl; ``make`` may give None.
+def share_rows(
+    folder: Path, items: list, make: Callable[[list], list[dict | None]], accelerator, log: Callable, batch: int = 1
+) -> None:
+    """A row of each of ``items`` that has none yet, in ``folder``/<process>.jsonl, ``batch`` of them at a time.
+
+    make: items -> a row or None for each.
 
     The processes take turns; each row is on the disk before the next begins, and none is made twice,
     whoever made it before. ``items`` and rows have an id. Returns when all processes are done.
@@ -61,9 +65,10 @@ def share_rows(folder: Path, items: list, make: Callable[..., dict | None], acce
     done = agree(accelerator, lambda: {row["id"] for row in rows_of(folder)})  # nobody writes before all have read
     rank, world, began = accelerator.process_index, accelerator.num_processes, time.perf_counter()
     share = [item for item in items if item.id not in done][rank::world]
-    for i, item in enumerate(share, 1):
-        if row := make(item):
-            append_row(folder / f"{rank:05d}.jsonl", row)
-        if accelerator.is_main_process and (i % 100 == 0 or i == len(share)):
+    for first in range(0, len(share), batch):
+        i = min(first + batch, len(share))
+        if rows := [row for row in make(share[first:i]) if row]:
+            append_row(folder / f"{rank:05d}.jsonl", *rows)
+        if accelerator.is_main_process and (first // 100 != i // 100 or i == len(share)):
             log(f"{i} of {len(share)} utterances of this process, {(time.perf_counter() - began) / i:.2f} s each")
     accelerator.wait_for_everyone()

@@ -28,5 +28,5 @@ def tokenise(weights: Path, data: str, out: Path, accelerator=None, log=print) -
         return {"id": spoken.id, **own, **system}
 
     with locked(Path(out) / ".run.lock") if accelerator.is_main_process else nullcontext():
-        share_rows(Path(out), known, row, accelerator, log)
+        share_rows(Path(out), known, lambda few: [row(one) for one in few], accelerator, log)
     return sum(shard.read_bytes().count(b"\n") for shard in Path(out).glob("*.jsonl"))

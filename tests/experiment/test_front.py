@@ -16,10 +16,11 @@ PAGE = "top\n\n**Measured:** old\n\n| | WER %, here | old\n\n**Why:** old\n\nend
 @pytest.fixture
 def folder(tmp_path):
     """A copy of the committed tables, to be changed."""
-    (tmp_path / "tables").mkdir()
+    made = tmp_path / "mini"
+    (made / "tables").mkdir(parents=True)
     for name in ("table1.csv", "theory.csv"):
-        (tmp_path / "tables" / name).write_bytes((COMMITTED / "tables" / name).read_bytes())
-    return tmp_path
+        (made / "tables" / name).write_bytes((COMMITTED / "tables" / name).read_bytes())
+    return made
 
 
 def change(path: Path, system: str, **values) -> None:
@@ -54,6 +55,20 @@ def test_the_fastest_lossless_drafter_is_shown(folder):
     assert "| SSD, other drafter, beta 0, L_d 1 |" in made and lossless.system not in made
     table[~table.system.str.contains("drafter")].to_csv(path, index=False)
     assert "beta 0" not in front.renew(PAGE, folder).replace("beta 0.4", "")
+
+
+def test_a_gpus_paragraph_comes_from_the_folder_beside(folder):
+    page = PAGE.replace("**Why:** old", "**On a GPU** old\n\n**Why:** old")
+    assert "**On a GPU** old" in front.renew(page, folder)  # no such folder: it stays
+    gpu = folder.parent / "gpu"
+    (gpu / "tables").mkdir(parents=True)
+    (gpu / "tables" / "table1.csv").write_bytes((ROOT / "results" / "gpu" / "tables" / "table1.csv").read_bytes())
+    (gpu / "provenance.json").write_bytes((ROOT / "results" / "gpu" / "provenance.json").read_bytes())
+    change(gpu / "tables" / "table1.csv", "SSD", **{"speed-up": 1.999})
+    said = front.renew(page, folder).partition("**On a GPU**")[2].partition("\n\n")[0]
+    assert (
+        "H100" in said and "recipe is 2.00 [" in said and "own speech 1.4" in said and "best drafter makes it" in said
+    )
 
 
 def test_a_page_without_a_paragraph_is_refused_and_others_stay(folder, tmp_path):

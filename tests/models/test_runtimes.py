@@ -17,7 +17,7 @@ def no_openvino(monkeypatch):
 
 def test_auto_takes_the_fast_one_of_the_device():
     assert runtimes.choose_runtime("auto", "cpu") == "openvino"
-    assert runtimes.choose_runtime("auto", "cuda:0") == "eager"
+    assert runtimes.choose_runtime("auto", "cuda:0") == "graphs"
     assert [runtimes.choose_runtime(name, "cpu") for name in ("eager", "graphs")] == ["eager", "graphs"]
 
 

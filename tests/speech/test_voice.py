@@ -17,6 +17,7 @@ import ssd_repro
 from ssd_repro import cli, files
 from ssd_repro.decoding.result import PHASES, DecodeResult, NumericsError, Round
 from ssd_repro.decoding.sampling import Sampler
+from ssd_repro.errors import InputError
 from ssd_repro.models import checkpoints
 from ssd_repro.speech import text
 from ssd_repro.speech.text import VOICES
@@ -344,3 +345,29 @@ def test_bad_options_are_refused_before_anything_is_read(monkeypatch, option, sa
     monkeypatch.setattr(checkpoints, "load_voice", lambda folder: pytest.fail("the weights were read"))
     with pytest.raises(ssd_repro.InputError, match=says):
         ssd_repro.load(**{"device": "cpu"} | option)
+
+
+def test_texts_together_are_what_each_is_alone(voice):
+    texts = ["Good morning. " * 12, "Yes.", "The boat is ready."]  # the first one in two pieces
+    for method in ("autoregressive", "speculative"):
+        how = {"method": method, "voices": ["af_heart", "bf_emma", "af_heart"]}
+        together = voice.speak_together(texts, **how, seeds=[3, 4, 5])
+        assert [len(take.sentences) for take in together] == [2, 1, 1] and together[1].voice == "bf_emma"
+        for i, take in enumerate(together):
+            alone = voice.speak_together([texts[i]], method, how["voices"][i], seeds=3 + i)[0]
+            assert alone.token_ids == take.token_ids and np.array_equal(alone.audio, take.audio)
+            assert take.summary()["method"] == method and take.audio_seconds > 0.2
+
+
+@pytest.mark.parametrize(
+    "texts, settings, sentence",
+    [
+        ("Yes.", {}, "texts is 'Yes.': give a list of at least one text"),
+        (["Yes."], {"seeds": [1, 2]}, "seeds has 2 entries for 1 texts"),
+        (["Yes."], {"method": "draft"}, "method 'draft' is not one of a batch"),
+        (["Yes.", ""], {}, "text is empty"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_one_sentence(voice, texts, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        voice.speak_together(texts, **settings)

@@ -72,9 +72,10 @@ def world(tmp_path_factory):
     return folder
 
 
-def train(world, out, log=lambda line: None, recipe="paper", **settings):
+def train(world, out, log=lambda line: None, recipe="paper", sample_batch=1, **settings):
     folders, settings = (world / "voice", world / "data", out), Settings(**(FAST | settings))
-    return draft_module.train(*folders, settings, recipe, held_out=3, device="cpu", log=log)
+    how = {"held_out": 3, "sample_batch": sample_batch, "device": "cpu", "log": log}
+    return draft_module.train(*folders, settings, recipe, **how)
 
 
 def command(world, out, **settings):
@@ -185,6 +186,32 @@ def test_samples_are_made_once(world, on_policy, tmp_path, monkeypatch):
     assert all(torch.equal(value, weights(on_policy)[name]) for name, value in weights(tmp_path / "out").items())
     with pytest.raises(InputError, match="samples is of a run with seed 0, now it is 1"):
         train(world, tmp_path / "out", recipe="on-policy", steps=8, seed=1)
+
+
+def test_samples_made_in_batches(world, tmp_path, monkeypatch):
+    """A row is the same in whatever batch it was made; a killed run goes on; by ones or in batches are two things."""
+    made = []
+    batch = deployed.sample_batch
+    monkeypatch.setattr(deployed, "sample_batch", lambda t, few, seed: made.append(len(few)) or batch(t, few, seed))
+    train(world, tmp_path / "a", recipe="on-policy", steps=2, sample_batch=5)
+    assert made == [5, 5, 4]
+    (tmp_path / "b" / "samples").mkdir(parents=True)
+    first = samples(tmp_path / "a")[:3]
+    (tmp_path / "b" / "samples" / "00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
+    shutil.copy(tmp_path / "a" / "samples" / "about.json", tmp_path / "b" / "samples")
+    train(world, tmp_path / "b", recipe="on-policy", steps=2, sample_batch=7)
+    assert made == [5, 5, 4, 7, 4]
+    assert sorted(samples(tmp_path / "b"), key=str) == sorted(samples(tmp_path / "a"), key=str)
+    with pytest.raises(InputError, match="batch"):
+        train(world, tmp_path / "b", recipe="on-policy", steps=2)
+
+
+def test_a_batch_says_what_the_target_says(world):
+    target = load_target(world / "voice")
+    greedy = replace(target, config=lambda n: replace(target.config(n), sampler=Sampler(temperature=0)))
+    few = [group[0] for group in target.read(world / "data")][:6]
+    for one, other in zip(deployed.sample_batch(greedy, few, 0), few, strict=True):
+        assert one.row() == deployed.sample_one(greedy, other, 0).row()
 
 
 def test_samples_are_what_the_deployed_target_says(world, on_policy):

@@ -1,7 +1,7 @@
 """What runs a model's forwards, behind one contract: a language model with sessions (prefill, extend, crop).
 
 eager     the SpeechLM itself, by transformers and torch: the reference
-graphs    static caches and compiled forwards, CUDA graphs on a GPU (``graphs.StaticLM``)
+graphs    static caches, and on a GPU each block of a round as a CUDA graph (``graphs.StaticLM``)
 openvino  the whole forward as one OpenVINO graph, for CPUs (``openvino.OpenVINOLM``)
 
 Timings of different runtimes are never compared: every row says which one it had.
@@ -22,7 +22,7 @@ RUNTIMES = ("auto", "eager", "graphs", "openvino")
 
 
 def choose_runtime(runtime: str, device: str, precision: str = "fp32") -> str:
-    """eager, graphs or openvino for one of RUNTIMES; auto: openvino on a CPU, eager on a GPU.
+    """eager, graphs or openvino for one of RUNTIMES; auto: openvino on a CPU, graphs on a GPU.
 
     InputError for another name or precision, for openvino on a GPU, and where it is asked for and not
     installed. Where auto does not find it, a warning says so and eager takes its place.
@@ -37,7 +37,7 @@ def choose_runtime(runtime: str, device: str, precision: str = "fp32") -> str:
     if runtime == "auto":
         if on_cpu and not installed:
             warnings.warn("openvino is not installed: eager takes its place, at half the speed", stacklevel=3)
-        runtime = "openvino" if on_cpu and installed else "eager"
+        runtime = ("openvino" if installed else "eager") if on_cpu else "graphs"
     known = openvino.PRECISIONS if runtime == "openvino" else PRECISIONS
     if precision not in known:
         raise InputError(f"precision {precision!r} is unknown to the runtime {runtime}: choose {' or '.join(known)}")
