@@ -187,7 +187,7 @@ def conclusion(rows: pd.DataFrame, tolerance: float) -> str:
 
 
 def draw(table: pd.DataFrame, axes) -> None:
-    """``frontier`` -> TV over acceptance, a panel for each of at most two drafters, a line for each rule."""
+    """``frontier`` -> TV over acceptance, a panel for each of at most three drafters, a line for each rule."""
     kinds = list(dict.fromkeys(rule.removeprefix(MATCHED) for rule in table.index))
     panels = list(table.groupby("drafter", sort=False))[: len(axes)]
     for ax, (drafter, ours) in zip(axes, panels, strict=False):
@@ -199,10 +199,11 @@ def draw(table: pd.DataFrame, axes) -> None:
             colour, style = PALETTE[kinds.index(kind)], ":" if rule.startswith(MATCHED) else "-"
             look = {"markersize": 10, "markerfacecolor": "none"} if kind == PAPER else {"markersize": 4}  # seen around
             ax.plot(grid.acceptance, grid.TV, f"o{style}", color=colour, linewidth=1.2, label=rule, **look)
-        ax.set(xlabel="acceptance", ylabel="total variation from the target", title=f"{drafter} drafter")
+        ax.set(xlabel="acceptance", title=f"{drafter} drafter")
         ax.set_xlim(max(0.0, min(ours.acceptance) - 0.03), 1.03)
         ax.set_ylim(-0.01, 1.08 * table.TV.max())
         ax.grid(alpha=0.3)
+    axes[0].set_ylabel("total variation from the target")
     for ax in axes[len(panels) :]:
         ax.remove()
     legend_below(axes[: len(panels)], ncols=4)

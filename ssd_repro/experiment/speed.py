@@ -242,6 +242,7 @@ def over_lengths(rows: pd.DataFrame) -> pd.DataFrame:
 def draw_sizes(table: pd.DataFrame, axes) -> None:
     """``over_sizes`` -> predicted speed-up (left), V and c with their floors (right), over the target's weights."""
     left, right = axes
+    table = table.sort_values("weights, MB", kind="stable")
     for shade, (drafter, part) in zip(PALETTE, table.groupby("drafter", sort=False), strict=False):
         x = part["weights, MB"]
         left.plot(x, part["predicted speed-up"], "o-", color=shade, label=drafter)

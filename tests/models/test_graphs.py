@@ -219,6 +219,14 @@ def test_recorded_blocks_with_a_drafter_on_hidden_states(recorded):
     assert len(recorded) <= 20
 
 
+def test_a_recorded_target_with_a_draft_that_is_not(recorded):
+    target = one_cache(TARGET)
+    for seed in range(4):
+        want = speculative(TARGET, DRAFT, PREFIX, config(max_tokens=20 + seed), generator(seed))
+        assert speculative(target, DRAFT, PREFIX, config(max_tokens=20 + seed), generator(seed)).tokens == want.tokens
+    assert recorded
+
+
 def test_what_cannot_be_recorded_runs_as_it_stands(recorded):
     target, draft = one_cache(TARGET), one_cache(DRAFT)
     cfg = config(confidence=0.5)

@@ -231,6 +231,9 @@ class _Recorded(Blocks):
         self.generator.set_state(generator.get_state())
 
     def propose(self, drafter: Drafter, count: int) -> tuple[Tensor, Tensor]:
+        if not isinstance(getattr(drafter, "session", None), StaticSession):  # it drafts at addresses of its own
+            drafted, p = super().propose(drafter, count)
+            return drafted, self.kept.p[: len(p)].copy_(p)
         if drafter.ready is not None:
             rows, width = drafter.ready.shape[1:]
             if width not in self.kept.ready:
