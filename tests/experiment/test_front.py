@@ -57,6 +57,24 @@ def test_the_fastest_lossless_drafter_is_shown(folder):
     assert "beta 0" not in front.renew(PAGE, folder).replace("beta 0.4", "")
 
 
+def test_the_tolerant_one_costs_no_more_words_than_the_papers(folder):
+    path = folder / "tables" / "table1.csv"
+    table = pd.read_csv(path)
+    one, base = table[table.system.str.contains("drafter, beta 0.4")].iloc[0], table.set_index("system")["WER %"]
+    extra = [
+        {
+            **one,
+            "system": f"SSD, other drafter, beta 0.4, L_d {n}",
+            "speed-up": 2.0 + n,
+            "WER %": base["Autoregressive"] + n,
+        }
+        for n in (1, 2, 3)
+    ]
+    pd.concat([table, pd.DataFrame(extra)]).to_csv(path, index=False)
+    made = front.renew(PAGE, folder)
+    assert "beta 0.4, L_d 2 |" in made and "other drafter, beta 0.4, L_d 3" not in made
+
+
 def test_a_gpus_paragraph_comes_from_the_folder_beside(folder):
     page = PAGE.replace("**Why:** old", "**On a GPU** old\n\n**Why:** old")
     assert "**On a GPU** old" in front.renew(page, folder)  # no such folder: it stays
