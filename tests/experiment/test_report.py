@@ -44,6 +44,7 @@ def fill(voice, folder):
         "price_tokens": 6,
         "price_repeats": 1,
         "seconds": [1],
+        "batches": [1, 2],
     }
     studies.Study("07_bench", at, folder, voice, [], said).compare()
     studies.Study("08_growth", at, folder, voice, [System("speculative", 0.4, 3, scored=False)], said).grow()
