@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round
+from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round, until_stop
 from .sampling import Sampler, invert, probabilities
 from .speculative import Tolerance
 
@@ -58,9 +58,7 @@ class _Row:
 
     def take(self, proposal: list[int], accepted: int, added: int) -> None:
         news = [*proposal[:accepted], added][: self.config.max_tokens - len(self.tokens)]
-        at = next((i for i, token in enumerate(news) if token in self.config.stop_ids), None)
-        if at is not None:
-            self.stop, news = news[at], news[: at + 1]
+        news, self.stop = until_stop(news, self.config.stop_ids)
         self.rounds.append(Round.of(proposal, accepted, len(news)))
         self.tokens += news if self.stop is None else news[:-1]
 

@@ -75,6 +75,12 @@ class DecodeConfig:
         return self.stop_ids if self.banned_ids is None else self.banned_ids
 
 
+def until_stop(tokens: list[int], stop_ids: tuple[int, ...]) -> tuple[list[int], int | None]:
+    """Tokens up to the first that stops, that one included -> them, and the stop token, if there is one."""
+    at = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
+    return (tokens, None) if at is None else (tokens[: at + 1], tokens[at])
+
+
 @dataclass(frozen=True)
 class Round:
     """One round: at most one draft and one call of the target.

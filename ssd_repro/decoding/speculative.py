@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .drafters import Drafter, LanguageModel, Session, Stepwise, Tape
-from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round
+from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round, until_stop
 from .sampling import draw, on_host
 
 # ------------------------------------------------------------------------------ acceptance
@@ -269,10 +269,8 @@ def _rounds(
         accepted, proposal, news = _read(report, tape)
         clock.lap("verify")
 
-        stop = next((i for i, token in enumerate(news) if token in config.stop_ids), None)
-        stopped = stop is not None
-        if stopped:
-            news, stop_token = news[: stop + 1], news[stop]
+        news, stop_token = until_stop(news, config.stop_ids)
+        stopped = stop_token is not None
         rounds.append(Round.of(proposal, accepted, len(news)))
         tape.size += len(news)
         session.crop(start + tape.size - 1)

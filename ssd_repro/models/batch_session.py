@@ -9,6 +9,15 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import InputError
 
 
+def blank_caches(lm, rows: int, cells: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of a SpeechLM, one of zeros for each layer: (rows, kv heads, cells, head size)."""
+    config, weight = lm.model.config, lm.head.weight
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = rows, config.num_key_value_heads, cells, size
+    keys, values = ([weight.new_zeros(shape) for _ in lm.model.layers] for _ in range(2))
+    return keys, values
+
+
 class BatchSession:
     """``decoding.batch.BatchSession``. Keys and values, per layer (B, kv heads, cells, head size).
 
@@ -20,15 +29,10 @@ class BatchSession:
 
         InputError if its decoder is not a Qwen2.
         """
-        config, weight = lm.model.config, lm.head.weight
-        if config.model_type != "qwen2":
+        if lm.model.config.model_type != "qwen2":
             raise InputError(f"a batch needs a Qwen2 decoder, not {type(lm.model).__name__}: decode one by one")
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = len(prefixes), config.num_key_value_heads, max(prefixes) + room, size
-        self.lm, self.lengths = lm, torch.tensor(prefixes, device=weight.device)
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in lm.model.layers] for _ in range(2)
-        )
+        self.lm, self.lengths = lm, torch.tensor(prefixes, device=lm.head.weight.device)
+        self.keys, self.values = blank_caches(lm, len(prefixes), max(prefixes) + room)
         self.positions: Tensor | None = None
 
     def prefill(self, prefixes: list[Tensor]) -> Tensor:

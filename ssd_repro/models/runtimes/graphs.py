@@ -23,6 +23,7 @@ from ...decoding.result import DecodeConfig
 from ...decoding.sampling import Sampler, probabilities
 from ...decoding.speculative import Blocks
 from ...errors import InputError, check_number
+from ..batch_session import blank_caches
 from ..speech_lm import Session, SpeechLM
 
 LONGEST = 64  # tokens of a draft
@@ -81,16 +82,11 @@ class FixedCache:
     """
 
     def __init__(self, lm: SpeechLM, cells: int) -> None:
-        config, weight = lm.model.config, lm.head.weight
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (1, config.num_key_value_heads, cells, size)
+        device = lm.head.weight.device
         with torch.inference_mode(False):  # of one kind, wherever a session is opened
-            self.keys, self.values = (
-                [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in lm.model.layers]
-                for _ in range(2)
-            )
-            self.cells = torch.arange(cells, device=weight.device)
-            self.at = torch.zeros(1, dtype=torch.int64, device=weight.device)
+            self.keys, self.values = blank_caches(lm, 1, cells)
+            self.cells = torch.arange(cells, device=device)
+            self.at = torch.zeros(1, dtype=torch.int64, device=device)
         self.recordings: Recordings | None = None
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
@@ -263,7 +259,7 @@ class _Recorded(Blocks):
     def _run(self, key: tuple, block: Callable, holders: list):
         """holders: whose numbers and tensors the block changes, tape and session first."""
         config = self.config
-        key += (config.sampler, config.tolerance, config.verification, bool(config.min_tokens), self.tape.pad)
+        key += (config.sampler, config.tolerance, config.verification, bool(config.min_tokens))
         for holder in holders[:2]:
             holder.place()
         if key not in self.kept.blocks:
