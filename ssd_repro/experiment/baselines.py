@@ -85,12 +85,12 @@ class Transformers:
         return prompt(self.target, prefix)
 
     @torch.inference_mode()
-    def decode(self, ids: Tensor, config: DecodeConfig, seed: int, assisted: bool, custom: bool = False) -> list[int]:
+    def decode(self, ids: Tensor, config: DecodeConfig, seed: int, assisted: bool, custom: str = "") -> list[int]:
         """The new tokens, a stop token at their end included.
 
         config: as ours, its sampler without RAS. assisted: by the draft, draft_length tokens in each round; what
         transformers adapts by default (their number, a threshold of the draft's confidence) stays put. custom: the
-        same through ``speculative_generate``.
+        same through ``speculative_generate``, on this runtime of its.
         """
         settings = GenerationConfig(
             max_new_tokens=config.max_tokens,
@@ -108,7 +108,7 @@ class Transformers:
         assistant = {"assistant_model": self.draft} if assisted else {}
         if custom:
             assistant |= {"custom_generate": speculative_generate, "tolerance": config.tolerance}
-            assistant["draft_length"] = config.draft_length
+            assistant |= {"draft_length": config.draft_length, "runtime": custom}
         torch.manual_seed(seed)  # transformers draws from torch's own generator
         given = {"attention_mask": torch.ones_like(ids), "logits_processor": [Law(config.sampler)], **assistant}
         made = self.target.generate(ids, settings, **given)

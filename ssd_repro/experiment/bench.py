@@ -25,7 +25,7 @@ from .baselines import Transformers, no_compiler
 from .provenance import LoadMeter, row_context
 from .rows import locked_rows, rows_of_folder, rows_together, to_frame
 
-THEIRS = ("transformers", "transformers, compiled")
+THEIRS = ("transformers", "transformers, compiled", "transformers, openvino")
 CUSTOM = "hf_custom"  # assisted by the same draft, with ``models.generate.speculative_generate``
 
 
@@ -40,10 +40,13 @@ class Contender:
 
 
 def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> list[Contender]:
-    """transformers' three, the last of them our loop; ours on ``runtime`` and on eager; other ``drafters``."""
+    """transformers' three, the last our loop (on OpenVINO with ``runtime``); ours on ``runtime`` and on eager; other
+    ``drafters``.
+    """
     theirs = {"": THEIRS[0]} | ({"_compiled": THEIRS[1]} if compile else {})
     ours = {"": runtime} | ({"_eager": "eager"} if runtime != "eager" else {})
-    kinds = [("hf_generate", None, theirs), ("hf_assisted", 0.0, theirs), (CUSTOM, 0.0, {"": THEIRS[0]})]
+    custom = THEIRS[2 if runtime == "openvino" else 0]
+    kinds = [("hf_generate", None, theirs), ("hf_assisted", 0.0, theirs), (CUSTOM, 0.0, {"": custom})]
     kinds += [("ar", None, ours), ("ssd0", 0.0, ours), ("ssd", tolerance, ours)]
     found = [Contender(name + end, run, beta) for name, beta, runs in kinds for end, run in runs.items()]
     others = [(name, beta, drafter) for drafter in drafters for name, beta in (("ssd0", 0.0), ("ssd", tolerance))]
@@ -128,7 +131,8 @@ class Bench:
                 theirs = self.theirs(contender.runtime == THEIRS[1])
                 ids = theirs.prompt(prefix)
                 began = _now(self.device)
-                tokens += len(theirs.decode(ids, config, seed, assisted, contender.system == CUSTOM))
+                custom = ("openvino" if contender.runtime == THEIRS[2] else "eager") * (contender.system == CUSTOM)
+                tokens += len(theirs.decode(ids, config, seed, assisted, custom))
             else:
                 began = _now(self.device)
                 decode = partial(speculative, *models) if assisted else partial(autoregressive, models[0])

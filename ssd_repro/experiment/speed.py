@@ -56,7 +56,9 @@ def _label(name: str, of: pd.DataFrame) -> str:
     first = of.iloc[0]
     label = LABELS[name.removesuffix("_eager").removesuffix("_compiled")].format(beta=first.tolerance)
     _, compiled, _ = first.runtime.partition("compiled")
-    return f"{label}, compiled" if compiled else f"{label} ({first.runtime})" if label.startswith("ours") else label
+    runtime = first.runtime.removeprefix("transformers, ")
+    ours = label.startswith("ours") or runtime == "openvino"
+    return f"{label}, compiled" if compiled else f"{label} ({runtime})" if ours else label
 
 
 def faster(base: pd.DataFrame, ours: pd.DataFrame, name: str = "value") -> dict[str, float]:

@@ -22,6 +22,7 @@ from ..decoding.result import DecodeConfig, DecodeResult
 from ..decoding.speculative import collect, stream
 from ..errors import InputError, first_line
 from .causal import Model, check_cache, law_of_row, new_cache
+from .runtimes import openvino
 
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # What ``generate`` prepares for a forward and is known here.
@@ -50,6 +51,7 @@ def speculative_generate(
     streamer=None,
     tolerance: float = 0.4,
     draft_length: int = 3,
+    runtime: str = "eager",
     **model_kwargs,
 ) -> Tensor | SpeculativeOutput:
     """For ``generate(custom_generate=...)``; all that is not named here means what it means to transformers.
@@ -58,6 +60,9 @@ def speculative_generate(
     tolerance        beta, from 0 (the target's own distribution) to 1. With do_sample=False it has no effect:
                      greedy decoding is exact
     draft_length     tokens that the draft proposes in a round, from 1 to 64
+    runtime          eager: the models' own forwards. openvino: for fp32 Qwen2, Llama and Qwen3 models on a CPU, about
+                     twice as fast; the weights are in memory a second time while the model lives, changed weights are
+                     seen, and no past_key_values come back
 
     The rows of a batch are decoded ONE AFTER ANOTHER, without their left padding: a batch takes as long as
     its rows, and is padded and ordered as ``generate`` does it. Random numbers come from a
@@ -80,23 +85,27 @@ def speculative_generate(
     laws = [law_of_row(logits_processor, row, prompt, greedy) for row, prompt in enumerate(input_ids)]
     given = model_kwargs["past_key_values"]
     _check_caches(model, draft, given, prefixes, config.max_tokens)
+    compiled = _compiled(runtime, (model, draft), given)
 
     generator = torch.Generator(prefixes[0].device).manual_seed(int(torch.randint(2**62, ())))
-    target = Model(model, lambda: given if len(prefixes) == 1 else new_cache(model, given))
-    assistant = Model(draft, lambda: new_cache(draft, given))
+    target, assistant = compiled or (
+        Model(model, lambda: given if len(prefixes) == 1 else new_cache(model, given)),
+        Model(draft, lambda: new_cache(draft, given)),
+    )
     results = []
     for prefix, law in zip(prefixes, laws, strict=True):
         rounds = stream(target, assistant, prefix, replace(config, sampler=law), generator)
         results.append(_collect(rounds, streamer))
     sequences = _sequences(input_ids, results, generation_config)
-    if len(prefixes) == 1:
+    filled = len(prefixes) == 1 and not compiled
+    if filled:
         _release(given)
     if not generation_config.return_dict_in_generate:
         return sequences
     drafted, accepted = (sum(getattr(result, name) for result in results) for name in ("drafted", "accepted"))
     return SpeculativeOutput(
         sequences=sequences,
-        past_key_values=given if len(prefixes) == 1 else None,
+        past_key_values=given if filled else None,
         results=tuple(results),
         acceptance_rate=accepted / drafted if drafted else None,
     )
@@ -215,6 +224,17 @@ def _check_caches(model, draft, given: Cache, prefixes: list[Tensor], new: int) 
             f"a prompt of {longest} positions and {new} new tokens need {longest + new - 1} positions; "
             f"the static cache has {limit}."
         )
+
+
+def _compiled(runtime: str, models: tuple[PreTrainedModel, ...], given: Cache) -> list[openvino.OpenVINOLM] | None:
+    """The models on OpenVINO; None: on eager. InputError for another runtime, or where it cannot be had."""
+    if runtime not in ("eager", "openvino"):
+        raise InputError(f"runtime is {runtime!r}; choose eager or openvino.")
+    if runtime == "eager":
+        return None
+    if getattr(given, "_is_user_defined", False):
+        raise InputError("past_key_values was given, and runtime openvino keeps caches of its own: leave one out.")
+    return [openvino.causal(model) for model in models]
 
 
 def _collect(rounds, streamer) -> DecodeResult:

@@ -142,9 +142,15 @@ class TargetTask(Task):
         self.lm.head.weight = lm.head.weight.detach()
 
     def draw(self, items: list[Example], rng: random.Random) -> list[Example]:
-        """Splice some, put some behind a prompt; held-out speech's prompt is no label, it may be known by heart."""
+        """Splice some, put some behind a prompt; held-out speech's prompt is no label, it may be known by heart.
+
+        What is not aligned, such as the target's own speech behind its prompt, stays as it is.
+        """
         drawn = []
         for example in items:
+            if example.aligned is None:
+                drawn.append(example)
+                continue
             if self.training and rng.random() < self.options.splice:
                 example = splice(example, rng.choice(self.pieces[example.voice]), self.words, rng)
             prompted = rng.random() < self.options.prompted
@@ -177,7 +183,8 @@ class TargetTask(Task):
             heads = [head(depths[depth][batch.at]).float() for depth, head in self.phone_heads.items()]
             phones = [x.reshape(-1, len(SYMBOLS)) for x in heads]  # (2 N, phones)
         speech, draft = (F.cross_entropy(logits, batch.labels) for logits in (q, p))
-        phone = torch.stack([F.cross_entropy(x, batch.phones.flatten(), ignore_index=-1) for x in phones]).mean()
+        sums = [F.cross_entropy(x, batch.phones.flatten(), ignore_index=-1, reduction="sum") for x in phones]
+        phone = torch.stack(sums).mean() / (batch.phones >= 0).sum().clamp_min(1)  # none, if nothing is aligned
         total = speech + 0.5 * phone + self.options.draft_weight * draft
         terms = {"loss": total, "speech": speech, "phone": phone, "draft": draft}
         if not self.training:

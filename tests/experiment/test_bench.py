@@ -39,7 +39,9 @@ def test_the_exported_models_logits_are_ours(lm):
     assert model.model.embed_tokens is not lm.model.embed_tokens and lm.model.config.vocab_size == 5
 
 
-@pytest.mark.parametrize("how", [(False,), (True,), (True, True)], ids=["generate", "assisted", "custom"])
+@pytest.mark.parametrize(
+    "how", [(False,), (True,), (True, "eager"), (True, "openvino")], ids=["generate", "assisted", "custom", "openvino"]
+)
 @pytest.mark.parametrize("low", [0, 12])
 def test_greedy_tokens_are_ours(how, low):
     greedy = DecodeConfig(sampler=Sampler(temperature=0), max_tokens=30, min_tokens=low, stop_ids=(11, 12))
@@ -49,7 +51,7 @@ def test_greedy_tokens_are_ours(how, low):
     assert len(made) == len(ours.tokens) + ours.stopped and (not ours.stopped or made[-1] in (11, 12))
 
 
-@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("custom", ["", "eager", "openvino"])
 def test_assisted_generation_draws_from_our_sampler(custom):
     """Chi-square of 150 sequences of 3 tokens; fails by chance once in 10,000 seeds, and these are fixed."""
     config = DecodeConfig(
@@ -115,7 +117,7 @@ def test_ours_on_a_fast_runtime_are_measured_on_eager_too():
         ("ssd0_hidden", 0.0, "hidden"),
         ("ssd_hidden", 0.4, "hidden"),
     ]
-    assert ("hf_assisted_compiled", "transformers, compiled") in names
+    assert {("hf_assisted_compiled", "transformers, compiled"), ("hf_custom", "transformers, openvino")} <= {*names}
 
 
 def test_bench_as_a_command(fake, tmp_path, capsys):

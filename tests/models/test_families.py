@@ -74,12 +74,30 @@ def test_a_voice_folder_keeps_the_family(lm, tmp_path):
         torch.testing.assert_close(made(PREFIX), kept(PREFIX), atol=0.05, rtol=0.05)  # fp16
 
 
-@pytest.mark.parametrize("runtime", ["openvino", "graphs"])
-def test_only_qwen2_has_another_runtime_than_eager(runtime):
+@pytest.mark.parametrize("runtime, known", [("openvino", ("qwen2", "llama", "qwen3")), ("graphs", ("qwen2",))])
+def test_the_others_have_no_other_runtime_than_eager(runtime, known):
     pytest.importorskip("openvino")
-    for family in set(FAMILIES) - {"qwen2"}:
-        with pytest.raises(InputError, match=rf"{runtime} knows Qwen2 decoders.*choose runtime eager"):
+    for family in set(FAMILIES) - {*known}:
+        with pytest.raises(InputError, match=rf"{runtime} knows Qwen2.*choose runtime eager"):
             with_runtime(tiny(family), runtime, "fp32", 1, 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_on_openvino_they_say_what_they_say_on_eager(family):
+    """After a prefix, a block, a rollback and another token; a model of another activation is refused."""
+    pytest.importorskip("openvino")
+    eager = tiny(family)
+    sessions = eager.session(), with_runtime(eager, "openvino", "fp32", 1, 64).session()
+    with torch.inference_mode():
+        said = [[s.prefill(PREFIX[:1]), s.extend(torch.tensor([[1, 2, 3]]))] for s in sessions]
+        for session, of in zip(sessions, said, strict=True):
+            session.crop(session.length - 2)
+            of.append(session.extend(torch.tensor([[4]])))
+    for theirs, ours in zip(*said, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    eager.model.config.hidden_act = "gelu"
+    with pytest.raises(InputError, match=r"activation gelu.*choose runtime eager"):
+        with_runtime(eager, "openvino", "fp32", 1, 64)
 
 
 def test_what_no_family_has_is_refused():

@@ -1,5 +1,6 @@
 """``generate(custom_generate=speculative_generate)`` against transformers' own, as its GenerationTesterMixin does."""
 
+import gc
 import itertools
 
 import pytest
@@ -23,6 +24,7 @@ from ssd_repro.decoding.sampling import draw
 from ssd_repro.decoding.speculative import accept_probability, residual
 from ssd_repro.errors import InputError
 from ssd_repro.models.causal import CausalSession, GenerationLaw, new_cache
+from ssd_repro.models.runtimes import openvino
 
 MODELS = {family: tiny(family) for family in FAMILIES}
 DRAFTS = {family: tiny(family, layers=2) for family in FAMILIES}
@@ -326,6 +328,54 @@ def test_a_wrong_law_is_seen():
     """The test above can fail: draws at beta = .4 are not the target's."""
     p, q = tables(*SMALL["llama"], torch.tensor([[3, 2, 0]]), SAMPLING["plain"])
     assert p_value(simulate(p, q.roll(1, -1), 200_000, generator()), sequence_law(q)) < 1e-6
+
+
+# --- on OpenVINO ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_openvino_says_what_eager_says(family):
+    """Greedy as ``generate``, sampled as on eager with the same seed; weights that change are seen."""
+    pytest.importorskip("openvino")
+    model, draft = tiny(family), tiny(family, layers=2)
+    asked = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 12}
+    for _ in range(2):
+        got = speculate(model, draft, runtime="openvino", do_sample=False, **asked)
+        assert torch.equal(got, model.generate(do_sample=False, **asked))
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    taken = []
+    for runtime in ("eager", "openvino"):
+        torch.manual_seed(3)
+        how = {"tolerance": 0.4, "do_sample": True, "return_dict_in_generate": True}
+        taken.append(speculate(model, draft, runtime=runtime, **how, **asked))
+    assert torch.equal(taken[0].sequences, taken[1].sequences) and taken[1].past_key_values is None
+
+
+def test_openvino_compiles_once_and_forgets_with_the_model():
+    pytest.importorskip("openvino")
+    model, count = tiny("llama"), len(openvino._CAUSAL)
+    first = openvino.causal(model)
+    model.model.embed_tokens.weight.data.mul_(1.0)  # not in the graph
+    assert openvino.causal(model) is first and len(openvino._CAUSAL) == count + 1
+    del model, first
+    gc.collect()
+    assert len(openvino._CAUSAL) == count
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ({"runtime": "tensorrt"}, "runtime is 'tensorrt'; choose eager or openvino"),
+        ({"runtime": "openvino", "model": MODELS["mistral"]}, "knows Qwen2, Llama and Qwen3 .* not MistralModel"),
+        ({"runtime": "openvino", "model": tiny("llama", dtype=torch.bfloat16)}, "the model is torch.bfloat16"),
+        ({"runtime": "openvino", "past_key_values": DynamicCache()}, "caches of its own"),
+    ],
+)
+def test_what_openvino_refuses(asked, words):
+    pytest.importorskip("openvino")
+    with pytest.raises(InputError, match=words):
+        speculate(**{"model": LLAMA, "draft": DRAFT, "input_ids": IDS[:1], "max_new_tokens": 3, **asked})
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import generator, tiny_lm
-from transformers import LlamaConfig, LlamaModel
 
 from ssd_repro.decoding import drafters
 from ssd_repro.decoding.result import DecodeConfig
@@ -16,7 +15,7 @@ from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
 from ssd_repro.models.draft import make_draft
-from ssd_repro.models.families import small_qwen2
+from ssd_repro.models.families import small_decoder, small_qwen2
 from ssd_repro.models.runtimes import openvino as runtime
 from ssd_repro.models.speech_lm import SpeechLM
 
@@ -116,11 +115,14 @@ def test_it_keeps_the_contract():
 
 
 def test_what_it_cannot_run_is_said(monkeypatch):
-    llama = LlamaModel(
-        LlamaConfig(vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    )
-    with pytest.raises(InputError, match="not LlamaModel"):
-        runtime.OpenVINOLM(SpeechLM(llama, 13), threads=1)
+    turned = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    for family, other, words in (
+        ("gpt_neox", {}, "not GPTNeoXModel"),
+        ("llama", {"rope_parameters": turned}, "dynamic"),
+    ):
+        decoder = small_decoder(family, 8, 8, 1, 2, 2, 5, **other)
+        with pytest.raises(InputError, match=words):
+            runtime.OpenVINOLM(SpeechLM(decoder, 13), threads=1)
     monkeypatch.setattr(runtime, "capabilities", lambda: ("FP32",))
     for precision in ("bf16", "fp64"):
         with pytest.raises(InputError, match=f"no precision '{precision}'"):

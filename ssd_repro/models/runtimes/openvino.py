@@ -17,11 +17,12 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen2Model
+from transformers import LlamaModel, PreTrainedModel, Qwen2Model, Qwen3Model
 
 from ...errors import InputError
 from ..speech_lm import SpeechLM
 
+DECODERS = (Qwen2Model, LlamaModel, Qwen3Model)  # what ``_graph`` writes down, and no class derived from them
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of products; int8 is of weights alone
 ROOM = 1024  # positions; tables and masks grow by doubling
 
@@ -36,20 +37,28 @@ def capabilities() -> tuple[str, ...]:
     return tuple(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
+def check_decoder(model: PreTrainedModel) -> None:
+    """InputError for a decoder that ``_graph`` would not write down as it is."""
+    config, name = model.config, type(model).__name__
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    turning = (config.rope_parameters or {}).get("rope_type", "default")
+    if type(model) not in DECODERS or not full or config.hidden_act != "silu" or turning in ("dynamic", "longrope"):
+        what = f"not {name} (activation {config.hidden_act}, rotary embedding {turning})"
+        raise InputError(
+            f"runtime openvino knows Qwen2, Llama and Qwen3 decoders with full attention, {what}: choose runtime eager"
+        )
+
+
 class OpenVINOLM:
     """A SpeechLM whose forwards OpenVINO runs; takes its place wherever sessions are asked for.
 
-    lm: on the CPU in fp32, its decoder a Qwen2Model with full attention. threads: of a forward.
+    lm: on the CPU in fp32, its decoder one of DECODERS with full attention. threads: of a forward.
     precision: 'fp32'; 'int8' weights, a scale for each output, products in fp32; 'bf16' weights and
     products where the CPU computes in it. Logits come as float32. InputError if one cannot be had.
     """
 
     def __init__(self, lm: SpeechLM, threads: int, precision: str = "fp32") -> None:
-        if not isinstance(lm.model, Qwen2Model) or set(lm.model.config.layer_types) != {"full_attention"}:
-            raise InputError(
-                f"runtime openvino knows Qwen2 decoders with full attention, not {type(lm.model).__name__}: "
-                "choose runtime eager"
-            )
+        check_decoder(lm.model)
         if lm.head.weight.device.type != "cpu":
             raise InputError(f"runtime openvino is for the CPU, the model is on {lm.head.weight.device}")
         if precision not in PRECISIONS or PRECISIONS[precision].upper() not in ("F32", *capabilities()):
@@ -93,6 +102,35 @@ class OpenVINOLM:
         return self._cos[:, :, begin:end], self._sin[:, :, begin:end]
 
 
+class _Whole:
+    """A causal model of transformers as ``_graph`` knows a SpeechLM: tokens are ids of its one vocabulary."""
+
+    taps = ()
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.head = model.base_model, model.get_output_embeddings()
+        self.speech_embedding = model.get_input_embeddings()
+
+    def weights(self) -> list[Tensor]:
+        """Those that stand in the graph: embeddings are looked up outside of it."""
+        return [*self.model.layers.parameters(), *self.model.norm.parameters(), *self.head.parameters()]
+
+
+_CAUSAL: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # causal model -> (its weights' state, OpenVINOLM)
+
+
+def causal(model: PreTrainedModel) -> OpenVINOLM:
+    """A causal model's forwards, compiled anew only where weights or threads changed. InputError as ``OpenVINOLM``."""
+    check_decoder(model.base_model)
+    if model.dtype != torch.float32:
+        raise InputError(f"runtime openvino computes in float32, the model is {model.dtype}: call model.float()")
+    whole, threads = _Whole(model), torch.get_num_threads()
+    state = threads, [(weight.data_ptr(), weight._version) for weight in whole.weights()]
+    if model not in _CAUSAL or _CAUSAL[model][0] != state:
+        _CAUSAL[model] = state, OpenVINOLM(whole, threads)
+    return _CAUSAL[model][1]
+
+
 class OpenVINOSession:
     """One sequence: ``length`` counts positions; ``slots`` what the states hold, rejected positions among them."""
 
@@ -106,10 +144,10 @@ class OpenVINOSession:
         weakref.finalize(self, model.give_back, self.request).atexit = False
 
     def prefill(self, prefix: Tensor) -> Tensor:
-        """Embeddings (1, T, hidden), T >= 1, once -> logits (1, V) of the last position."""
+        """Embeddings (1, T, hidden), or ids (1, T), T >= 1, once -> logits (1, V) of the last position."""
         if self.length:
             raise RuntimeError("a session is prefilled once; open a new one")
-        return self.feed(prefix)
+        return self.feed(prefix if prefix.is_floating_point() else self.model.lm.speech_embedding(prefix))
 
     def feed(self, embeddings: Tensor) -> Tensor:
         """Embeddings (1, n, hidden), n >= 1 -> logits (1, V) of the last position."""
@@ -236,9 +274,12 @@ def _graph(lm: SpeechLM, int8: bool = False):
         joined = linear(normalise(x, layer.input_layernorm), attention.q_proj, attention.k_proj, attention.v_proj)
         lengths = integers(heads * size, kv_heads * size, kv_heads * size)
         q, k, v = ops.variadic_split(joined, integers(-1), lengths).outputs()
-        key = remember(rotate(by_head(k, kv_heads)), f"key{number}")
+        q, k = by_head(q, heads), by_head(k, kv_heads)
+        if hasattr(attention, "q_norm"):
+            q, k = normalise(q, attention.q_norm), normalise(k, attention.k_norm)
+        key = remember(rotate(k), f"key{number}")
         value = remember(by_head(v, kv_heads), f"value{number}")
-        seen = ops.scaled_dot_product_attention(rotate(by_head(q, heads)), key, value, nodes["mask"])
+        seen = ops.scaled_dot_product_attention(rotate(q), key, value, nodes["mask"])
         seen = ops.reshape(ops.transpose(seen, integers(0, 2, 1, 3)), integers(1, -1, heads * size), False)
         x = ops.add(x, linear(seen, attention.o_proj))
         both = linear(normalise(x, layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
