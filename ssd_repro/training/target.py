@@ -90,13 +90,14 @@ class TargetTask(Task):
 
     The phone heads predict, halfway through the draft's layers and from a third and two thirds of the depth,
     the phone that the next speech token belongs to and the one after it: attention finds the alignment in
-    hundreds of steps, not thousands. ``pieces``: what others are put behind or spliced with.
+    hundreds of steps, not thousands. ``pieces``: what others are put behind or spliced with, if aligned.
     """
 
     def __init__(self, codec: Codec, options: TargetOptions, pieces: list[Example]):
         super().__init__()
         self.options, self.stop = options, codec.config.codebook_size
         self.to_digits, self.to_code = codec.to_digits, codec.to_code
+        pieces = [example for example in pieces if example.aligned is not None]
         self.pieces, self.prompts = by_voice(pieces), by_voice(pieces, PROMPT_TOKENS)
         self.words = {example.id: find_words(example) for example in pieces} if options.splice else {}
         self.lm = options.untrained(codec)

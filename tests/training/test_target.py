@@ -86,6 +86,19 @@ def test_spliced_utterances_train_the_target(tmp_path):
     assert rows[-1]["dev_speech"] < 0.5 * 8.8, "8.8: nothing is known of 6,564 tokens"
 
 
+def test_what_is_not_aligned_is_learned_as_it_stands(tmp_path):
+    """The target's own speech: neither cut nor put behind another, no phones to foresee; also nothing but such."""
+    items = utterances(4)
+    own = [replace(one, id=f"own/{one.id}", aligned=None) for one in items]
+    options = replace(PLAIN, prompted=1.0, splice=1.0)
+    task = TargetTask(CODEC, options, items + own)
+    drawn = task.train().draw(items + own, random.Random(0))
+    assert [new is old for new, old in zip(drawn, items + own, strict=True)] == 4 * [False] + 4 * [True]
+    assert float(task(own)["phone"].detach()) == 0
+    _, rows = train_target(CODEC, own, own, Settings(60, batch=4, warmup=5, learning_rate=2e-2), options, tmp_path)
+    assert rows[-1]["speech"] < 0.5 * rows[0]["speech"] and rows[-1]["phone"] == 0
+
+
 def test_flipped_digits_are_seen_and_the_labels_stay():
     task, one = TargetTask(CODEC, replace(PLAIN, flip=0.5), utterances(1)), utterances(1)
     plain, noisy = (collate(task.lm, one, STOP, noise=noise) for noise in (None, task._flipped))
