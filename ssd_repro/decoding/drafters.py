@@ -197,3 +197,40 @@ class HiddenDrafter(Stepwise):
             news = self.target.features[:, : size - self.size]
             self.ready = torch.cat((self.ready, self.model.reduce(news)), 1)
         self.size = size
+
+
+class NGramDrafter:
+    """No model at all: what came, the last time, after the last tokens said (prompt lookup: Saxena 2023).
+
+    Looks for the longest ending of at most LONGEST tokens that was said before, and proposes what followed it then;
+    where none was, the newest token again. p is 1 for a proposed token: it is a function of the tokens before it.
+    Speech seldom repeats itself token by token: results/README.md says how seldom.
+    """
+
+    LONGEST = 3
+
+    def __init__(self, prefix: Tensor, target: Session) -> None:
+        self.calls = 0
+
+    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        said = tape.tokens(0, tape.size).tolist()
+        for _ in range(count):
+            said.append(self._next(said))
+        drafted = torch.tensor(said[tape.size :], device=tape.cells.device)
+        for position, token in enumerate(drafted, tape.size):
+            tape.write(position, token)
+        p = torch.zeros(count, tape.ban_mask.shape[-1], device=drafted.device)
+        return drafted, p.scatter_(1, drafted[:, None], 1.0)
+
+    def _next(self, said: list[int]) -> int:
+        for n in range(min(self.LONGEST, len(said) - 1), 0, -1):
+            for begin in range(len(said) - n - 1, -1, -1):
+                if said[begin : begin + n] == said[-n:]:
+                    return said[begin + n]
+        return said[-1]
+
+    def rollback(self, size: int) -> None:
+        """It keeps nothing."""
+
+
+UNTRAINED = {"n-gram": NGramDrafter}  # drafters that every voice has

@@ -15,7 +15,7 @@ from ..files import sha256
 from ..models import checkpoints
 from ..models.cosyvoice import TEXT_MODEL, load_cosyvoice
 from ..models.hidden_draft import HiddenDraft, HiddenDraftLM
-from ..models.runtimes import choose_runtime, with_runtime
+from ..models.runtimes import FAMILIES, choose_runtime, with_runtime
 from ..models.speech_lm import SpeechLM, choose_device
 from . import libritts
 from .bundled import Bundled
@@ -75,7 +75,8 @@ def load(
         if draft or data:
             raise InputError(f"{folder} is a voice with its own draft and sentences: leave draft and data empty")
         codec, target, small, about = checkpoints.load_voice(folder)
-        if asked == "auto" and target.model.config.model_type != "qwen2":
+        family = target.model.config.model_type
+        if asked == "auto" and family not in FAMILIES.get(runtime, (family,)):
             runtime = choose_runtime("eager", device, precision)
         others = checkpoints.load_others(folder, target, about)
         front = Bundled(codec.to(device).requires_grad_(False), about, folder, device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..decoding import batch, rules
-from ..decoding.drafters import LanguageModel
+from ..decoding.drafters import UNTRAINED, LanguageModel
 from ..decoding.result import PHASES, Clock, DecodeConfig, DecodeResult
 from ..decoding.sampling import Sampler
 from ..decoding.speculative import MakeDrafter, collect, stream
@@ -105,8 +105,8 @@ class Voice:
         if voice not in self.names:
             more = f" and {len(self.names) - 9} more" if len(self.names) > 9 else ""
             raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names[:9])}{more}")
-        if drafter not in self.drafters:
-            raise InputError(f"drafter {drafter!r} is not one of this voice's: choose {' or '.join(self.drafters)}")
+        if drafter not in (known := self.drafters | UNTRAINED):
+            raise InputError(f"drafter {drafter!r} is not one of this voice's: choose {' or '.join(known)}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
         how = self._decoding(temperature, rule, verification, confidence)
         self.config(1, tolerance, draft_length, **how)
@@ -305,7 +305,7 @@ class Voice:
         prefix = self.prefix(piece, voice)
         clock.lap("prefill")
         target, draft = self.models
-        proposing = self.drafters[drafter] if method == "speculative" else None
+        proposing = (self.drafters | UNTRAINED)[drafter] if method == "speculative" else None
         result = yield from stream(draft if method == "draft" else target, proposing, prefix, config, generator)
         prefill = result.seconds["prefill"] + clock.seconds()["prefill"]
         return replace(result, seconds=result.seconds | {"prefill": prefill})

@@ -85,18 +85,32 @@ def test_law_of_whole_sequences(sampler, draft_length, quick_sampler):
     assert p_value(seen, exact_law(TARGET.table, cfg)) > 1e-6
 
 
+@pytest.mark.parametrize("draft", [DRAFT, drafters.NGramDrafter], ids=["model", "n-gram"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("draft_length, longest", [(1, 3), (2, 4), (3, 4)])
-def test_law_without_chance(sampler, draft_length, longest, monkeypatch, quick_sampler):
+def test_law_without_chance(draft, sampler, draft_length, longest, monkeypatch, quick_sampler):
     """The same law to six digits: the real loop through every branch that it can take."""
     cfg = config(sampler, max_tokens=longest, min_tokens=2, draft_length=draft_length)
     got = law_of_all_branches(
-        lambda: sequence(speculative(TARGET, DRAFT, PREFIX_EMBEDDINGS, cfg, generator())),
+        lambda: sequence(speculative(TARGET, draft, PREFIX_EMBEDDINGS, cfg, generator())),
         monkeypatch,
     )
     want = exact_law(TARGET.table, cfg)
     for every in want.keys() | got.keys():
         assert got.get(every, 0.0) == pytest.approx(want.get(every, 0.0), abs=2e-6), every
+
+
+def test_n_grams_follow_the_longest_ending_said_before_and_their_own_drafts():
+    tape = drafters.Tape.empty(config(max_tokens=20), torch.zeros(1, 10))
+    drafter = drafters.NGramDrafter(PREFIX_EMBEDDINGS, None)
+    for said, wanted in (([4], [4, 4, 4]), ([3, 5, 6, 7, 5, 6, 8, 3, 5, 6], [7, 5, 6]), ([1, 2, 9, 1], [2, 9, 1])):
+        tape.size = len(said)
+        for position, token in enumerate(said):
+            tape.write(position, torch.tensor(token))
+        drafted, p = drafter.propose(tape, 3, generator())
+        assert drafted.tolist() == wanted == tape.tokens(tape.size, tape.size + 3).tolist()
+        assert torch.equal(p, torch.eye(10)[wanted])
+    assert drafter.calls == 0
 
 
 @pytest.mark.parametrize("sampler", ["softmax", "cosyvoice"])

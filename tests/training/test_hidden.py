@@ -87,11 +87,11 @@ def test_a_voice_folder_keeps_it_and_speaks_with_it(trained, tmp_path):
         drafted = voice.speak("So am I.", tolerance=0.0, drafter="hidden")
         assert drafted.token_ids == alone.token_ids and drafted.drafter == "hidden"
         assert drafted.draft_calls > 1 and drafted.summary()["drafter"] == "hidden"
-    with pytest.raises(InputError, match="drafter 'fast' is not one of this voice's: choose paper or hidden"):
+    with pytest.raises(InputError, match="drafter 'fast' is not one of this voice's: choose paper or hidden or n-gram"):
         voice.speak("So am I.", drafter="fast")
     plain = tmp_path / "plain"
     checkpoints.save_voice(plain, CODEC, target, make_draft(target), facts)
-    with pytest.raises(InputError, match="choose paper$"):
+    with pytest.raises(InputError, match="choose paper or n-gram$"):
         ssd_repro.load(plain, device="cpu").speak("So am I.", drafter="hidden")
 
 

@@ -19,6 +19,7 @@ from . import openvino
 from .graphs import StaticLM
 
 RUNTIMES = ("auto", "eager", "graphs", "openvino")
+FAMILIES = {"graphs": ("qwen2",), "openvino": ("qwen2", "llama", "qwen3")}  # that a fast one knows
 
 
 def choose_runtime(runtime: str, device: str, precision: str = "fp32") -> str:
