@@ -66,8 +66,9 @@ def train_family(family: str, folder: Path, plan: Plan, tokens: str = "bundled",
     train, dev = (flat(part) for part in hold_out(described.read(path), plan.held_out, plan.longest))
     draft, _ = train_draft(described, train, dev, drafts, folder / "draft", log=log)
     shutil.copytree(source / "references", voice / "references", dirs_exist_ok=True)
-    known = ("voices", "references", "prompts", "sampler", "token_text_ratio")
-    checkpoints.save_voice(voice, codec, target.cpu(), draft.cpu(), {name: about[name] for name in known}, int8=True)
+    known = {name: about[name] for name in ("voices", "references", "prompts", "token_text_ratio")}
+    facts = known | {"sampler": vars(recipe.SAMPLER)}
+    checkpoints.save_voice(voice, codec, target.cpu(), draft.cpu(), facts, int8=True)
     (folder / "target" / "checkpoint.pt").unlink(missing_ok=True)
     return voice
 

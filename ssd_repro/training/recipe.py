@@ -27,7 +27,8 @@ from .data import Example
 from .grow import grow
 from .target import TargetOptions
 
-# Chosen once, by notebook 15's sweep, before any speculative result was looked at.
+# Of a voice that learned from the corpus: chosen once, by notebook 15's sweep, before any speculative result was looked
+# at. The bundled voice then learned from its own speech, and has temperature 1 since (voice.json, model card).
 SAMPLER = Sampler(ras_tau=0.3, temperature=0.8)
 # Speech tokens per text token: the training corpus lies within 1.3 .. 2.3.
 TOKEN_TEXT_RATIO = (1.2, 2.6)
