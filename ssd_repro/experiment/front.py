@@ -32,7 +32,8 @@ def renew(text: str, folder: Path) -> str:
     made = dict(zip(BEGINS, made_of(table.set_index("system"), theory), strict=True))
     gpu = Path(folder).parent / "gpu"
     if ON_GPU in text and (other := gpu / "tables" / "table1.csv").is_file():
-        made[ON_GPU] = _on_gpu(pd.read_csv(other).set_index("system"), all_provenance(gpu)["01_table1"])
+        abouts = [all_provenance(each).get("01_table1", {}) for each in (gpu, folder)]
+        made[ON_GPU] = _on_gpu(pd.read_csv(other).set_index("system"), *abouts)
     for begin, paragraph in made.items():
         places = [i for i, old in enumerate(paragraphs) if old.startswith(begin)]
         if len(places) != 1:
@@ -82,12 +83,13 @@ def _claim(table: pd.DataFrame, lossless: pd.Series | None) -> str:
     )
 
 
-def _on_gpu(table: pd.DataFrame, about: dict) -> str:
-    """table: its Table 1 by system; about: the entry of provenance.json that made it."""
+def _on_gpu(table: pd.DataFrame, about: dict, ours: dict) -> str:
+    """table: its Table 1 by system; about: the entry of provenance.json that made it; ours: that of this folder."""
     ssd, alone, lossless = table.loc["SSD"], table.loc["Autoregressive"], _fastest(table, "beta 0, ")
+    other = f", with another voice than above, {about['weights']}" if ours.get("weights") != about["weights"] else ""
     said = (
-        f"{ON_GPU} ({about['chip']}, {about['parameters']['precision']}, CUDA graphs, {alone.n:g} sentences) the "
-        f"paper's recipe is {value(ssd, 'speed-up')} times as fast as the target alone"
+        f"{ON_GPU} ({about['chip']}, {about['parameters']['precision']}, CUDA graphs, {alone.n:g} sentences{other}) "
+        f"the paper's recipe is {value(ssd, 'speed-up')} times as fast as the target alone"
     )
     if (own := _fastest(table, f"on-policy drafter, beta {BETA:g}, ")) is not None:
         said += (

@@ -177,6 +177,7 @@ def train(
     from accelerate.utils import gather_object
 
     accelerator = accelerator or processes()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for each new shape: 40 % of a step on an H100
     run = agree(accelerator, lambda: _Run(task, items, dev, settings, Path(out), facts, accelerator))
     if len(set(gather_object([f"{run.step} {run.identity}"]))) > 1:
         raise InputError("the processes see different data or checkpoints: all nodes must share the disk they are on")

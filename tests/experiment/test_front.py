@@ -87,6 +87,9 @@ def test_a_gpus_paragraph_comes_from_the_folder_beside(folder):
     assert (
         "H100" in said and "recipe is 2.00 [" in said and "own speech 1.4" in said and "best drafter makes it" in said
     )
+    assert "another voice than above" in said  # this folder has no provenance
+    (folder / "provenance.json").write_bytes((gpu / "provenance.json").read_bytes())
+    assert "another voice" not in front.renew(page, folder)
 
 
 def test_a_page_without_a_paragraph_is_refused_and_others_stay(folder, tmp_path):
