@@ -40,13 +40,11 @@ class Contender:
 
 
 def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> list[Contender]:
-    """transformers' three, the last our loop (on OpenVINO with ``runtime``); ours on ``runtime`` and on eager; other
-    ``drafters``.
-    """
+    """transformers' three; ours, and our loop in transformers, on ``runtime`` and on eager; other ``drafters``."""
     theirs = {"": THEIRS[0]} | ({"_compiled": THEIRS[1]} if compile else {})
     ours = {"": runtime} | ({"_eager": "eager"} if runtime != "eager" else {})
-    custom = THEIRS[2 if runtime == "openvino" else 0]
-    kinds = [("hf_generate", None, theirs), ("hf_assisted", 0.0, theirs), (CUSTOM, 0.0, {"": custom})]
+    custom = {"": THEIRS[2], "_eager": THEIRS[0]} if runtime == "openvino" else {"": THEIRS[0]}
+    kinds = [("hf_generate", None, theirs), ("hf_assisted", 0.0, theirs), (CUSTOM, 0.0, custom)]
     kinds += [("ar", None, ours), ("ssd0", 0.0, ours), ("ssd", tolerance, ours)]
     found = [Contender(name + end, run, beta) for name, beta, runs in kinds for end, run in runs.items()]
     others = [(name, beta, drafter) for drafter in drafters for name, beta in (("ssd0", 0.0), ("ssd", tolerance))]
@@ -131,7 +129,9 @@ class Bench:
                 theirs = self.theirs(contender.runtime == THEIRS[1])
                 ids = theirs.prompt(prefix)
                 began = _now(self.device)
-                custom = ("openvino" if contender.runtime == THEIRS[2] else "eager") * (contender.system == CUSTOM)
+                custom = ("openvino" if contender.runtime == THEIRS[2] else "eager") * contender.system.startswith(
+                    CUSTOM
+                )
                 tokens += len(theirs.decode(ids, config, seed, assisted, custom))
             else:
                 began = _now(self.device)

@@ -30,6 +30,7 @@ FASTER = {  # ratio of speeds: above 1 the second system is the faster one
     "ssd_over_hf_assisted": ("hf_assisted", "ssd"),
     "ssd0_over_hf_assisted": ("hf_assisted", "ssd0"),
     "custom_over_assisted": ("hf_assisted", "hf_custom"),
+    "custom_eager_over_assisted": ("hf_assisted", "hf_custom_eager"),
     "ssd_over_ar": ("ar", "ssd"),
     "ssd0_over_ar": ("ar", "ssd0"),
     "lossless_hidden_over_ar": ("ar", "ssd0_hidden"),

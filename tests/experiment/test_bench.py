@@ -111,13 +111,14 @@ def test_each_system_once_and_no_utterance_twice(tmp_path, monkeypatch):
 
 def test_ours_on_a_fast_runtime_are_measured_on_eager_too():
     names = [(c.system, c.runtime) for c in bench.contenders("openvino", 0.4, compile=True)]
-    assert len(names) == 11 and ("ssd", "openvino") in names and ("ssd_eager", "eager") in names
+    assert len(names) == 12 and ("ssd", "openvino") in names and ("ssd_eager", "eager") in names
     more = bench.contenders("openvino", 0.4, False, ["hidden"])[-2:]
     assert [(c.system, c.tolerance, c.drafter) for c in more] == [
         ("ssd0_hidden", 0.0, "hidden"),
         ("ssd_hidden", 0.4, "hidden"),
     ]
     assert {("hf_assisted_compiled", "transformers, compiled"), ("hf_custom", "transformers, openvino")} <= {*names}
+    assert ("hf_custom_eager", "transformers") in names
 
 
 def test_bench_as_a_command(fake, tmp_path, capsys):
