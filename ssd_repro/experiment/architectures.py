@@ -26,7 +26,6 @@ from .theory import predict
 
 NAME = "architectures"  # of the rows file
 NOTEBOOK = "17_architectures"
-NOTEBOOK = "17_architectures"
 STUDY = "family"
 LABELS = {"qwen2": "Qwen2", "llama": "Llama", "qwen3": "Qwen3", "gpt_neox": "GPT-NeoX"}
 

@@ -54,6 +54,11 @@ BENCH = (
     "our draft, L_d tokens a round, schedule constant, threshold 0; its distribution is that of "
     "beta 0. Over: speeds, above 1 is faster."
 )
+DRAFTERS = (
+    f"{INTERVALS} Of each drafter and beta the fastest L_d; the CSV has all. Acceptance: accepted / drafted. c, V: "
+    "a draft step and a verification, sampling and judging included, in steps of the target. Speed-up: of the LM, per "
+    "token, over the target decoded in turn. Predicted: tokens a round / (L_d c + V)."
+)
 RATIOS = (
     f"{INTERVALS} x_over_y: times as many tokens a second. verify and draft over step: prices in the loop of SSD at "
     "the tolerance, in steps of our autoregressive target, sampling and judging included. outside_forwards: share of "

@@ -20,6 +20,7 @@ from . import (
     architectures,
     cost,
     curves,
+    drafters,
     equivalence,
     figures,
     front,
@@ -34,6 +35,7 @@ from .captions import (
     ARCHITECTURES,
     BATCHES,
     BENCH,
+    DRAFTERS,
     EQUAL,
     HEARD,
     INTERVALS,
@@ -241,6 +243,16 @@ EXHIBITS = {
         readable=architectures.speeds,
     ),
     "architectures_why": Exhibit(architectures.NOTEBOOK, architectures.table, WHY, readable=architectures.reasons),
+    "drafters": Exhibit(
+        drafters.NOTEBOOK,
+        drafters.table,
+        DRAFTERS,
+        drafters.draw,
+        (1, 2),
+        (WIDTH, 4.2),
+        readable=drafters.best,
+        page=("beta", "L_d", "tokens a round", "c", "V", "speed-up"),
+    ),
     "price_heard": Exhibit(
         PRICED, price.heard, HEARD, page=("WER %", "more WER", "acceptance", "tokens per target call", "n")
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..decoding import rules
+from ..decoding.drafters import UNTRAINED
 from ..processes import process
 from ..speech import load
 from ..speech.sentences import Utterance
@@ -33,6 +34,15 @@ def _other_drafters(voice: Voice, p: dict) -> list[System]:
         lossless, relaxed = FASTEST.get((name, voice.device.type), ([], []))
         found += [plain, *(replace(plain, **how) for how in lossless)]
         found += [tolerant, *(replace(tolerant, **how) for how in relaxed)]
+    return found
+
+
+def _each_drafter(voice: Voice, p: dict) -> list[System]:
+    """Every drafter at every length, without loss and, of those that learned, at the tolerance; unscored."""
+    found = []
+    for name in (None, *(name for name in voice.drafters if name != "paper"), *UNTRAINED):
+        betas = (0.0,) if name in UNTRAINED else (0.0, p["tolerance"])
+        found += [System("speculative", b, n, drafter=name, scored=False) for b in betas for n in p["lengths"]]
     return found
 
 
@@ -68,7 +78,9 @@ STUDIES = {
     "07_bench": ("bench", lambda p: []),  # its own: Study.compare
     "08_growth": ("acceptance", lambda p: grid((), [p["draft_length"]], (), p["tolerance"], scored=False)),
     "09_price_of_tolerance": ("price", _heard),
+    "18_drafters": ("drafters", lambda p: [replace(AUTOREGRESSIVE, scored=False)]),
 }
+BY_VOICE = {"01_table1": _other_drafters, "18_drafters": _each_drafter}  # systems that depend on the voice, behind them
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ def begin(notebook: str, parameters: dict) -> Study:
     else:
         utterances = voice.utterances(p["utterances" if "utterances" in p else "sentences"], p["seed"])
     folder = provenance.results_folder(p["out"], p["profile"])
-    systems = STUDIES[notebook][1](p) + (_other_drafters(voice, p) if notebook == "01_table1" else [])
+    systems = STUDIES[notebook][1](p) + (BY_VOICE[notebook](voice, p) if notebook in BY_VOICE else [])
     return Study(notebook, p, folder, voice, systems, utterances)
 
 

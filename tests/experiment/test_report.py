@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -51,6 +52,8 @@ def fill(voice, folder):
     at |= {"betas": [1.0], "mixtures": [0.5], "ranks": [2], "epsilons": [0.1], "cosines": [0.5]}
     heard = [AUTOREGRESSIVE, System("speculative", None, 3, rule="ensemble:0.5")]
     studies.Study("09_price_of_tolerance", at, folder, voice, heard, said).price(heard)
+    others = [System("speculative", beta, 3, drafter=n, scored=False) for n in (None, "n-gram") for beta in (0.0, 0.4)]
+    studies.Study("18_drafters", at, folder, voice, [], said).decode([replace(AUTOREGRESSIVE, scored=False), *others])
     rows = architectures.measure([voice], architectures.systems(0.4, 3), said, folder, repeats=1)
     architectures.recorded(rows, [voice], folder, "quick", POINT)
 

@@ -1,0 +1,117 @@
+"""What each drafter earns: tokens per call, its price, and the speed-up that both make; and how they learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from .conclusions import value
+from .figures import PALETTE
+from .style import TARGET, maths, titled
+from .tables import readable
+from .theory import predict
+
+NOTEBOOK = "18_drafters"
+LABELS = {"paper": "paper's", "hidden": "hidden-state", "on-policy": "on-policy", "n-gram": "n-gram"}
+# Where the logs of the bundled voice's drafters lie, from a results folder's parent -> the column of their acceptance.
+LOGS = {
+    "hidden-state, on the teacher's speech": ("hidden_log_second_run", "dev_acceptance_1"),
+    "hidden-state, on the target's own": ("hidden_log_on_policy", "dev_acceptance_1"),
+    "hidden-state, on the present target's": ("hidden_log_own_speech", "dev_acceptance_1"),
+    "on-policy draft": ("on_policy_log", "dev_acceptance"),
+    "on-policy draft, of the present target": ("on_policy_log_own_speech", "dev_acceptance"),
+    "paper's draft, of the present target": ("draft_log_own_speech", "dev_acceptance"),
+}
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per drafter, beta and L_d: acceptance, tokens a round, prices in target steps, speed-up and prediction.
+
+    acceptance: of all drafted tokens; c, V: a draft step and a verification; predicted: tokens a round / (L_d c + V).
+    """
+    ssd = rows[rows.method == "speculative"]
+    lines = []
+    for (drafter, beta, length), of in ssd.groupby([ssd.drafter.fillna("paper"), "tolerance", "draft_length"]):
+        found = predict(of, int(length))
+        lines.append(
+            {
+                "drafter": LABELS.get(drafter, drafter),
+                "beta": beta,
+                "L_d": int(length),
+                "acceptance": of.accepted.sum() / of.drafted.sum(),
+                "tokens a round": found["tokens per round"],
+                "c": found["draft / target step"],
+                "V": found["verification / target step"],
+                "speed-up": found["measured"],
+                "speed-up_low": found["measured_low"],
+                "speed-up_high": found["measured_high"],
+                "predicted": found["costs"],
+                "n": len(of),
+            }
+        )
+    return pd.DataFrame(lines).set_index("drafter")
+
+
+def best(found: pd.DataFrame) -> pd.DataFrame:
+    """Of each drafter and beta of ``table`` the fastest L_d, to read."""
+    fastest = found.reset_index().sort_values("speed-up").groupby(["drafter", "beta"], sort=False).tail(1)
+    return readable(fastest.sort_values(["beta", "speed-up"], ascending=[True, False]).set_index("drafter"))
+
+
+def conclusion(found: pd.DataFrame) -> str:
+    """Which drafter is the fastest at each beta, and what it has over the paper's: Markdown."""
+    said = []
+    for beta, of in found.groupby("beta"):
+        first, paper = of.sort_values("speed-up").iloc[-1], of.loc[[LABELS["paper"]]].sort_values("speed-up").iloc[-1]
+        line = f"**beta {beta:g}**: the {first.name} drafter with L_d {first.L_d:g} is the fastest, "
+        line += f"{value(first, 'speed-up')} times as fast as the target alone"
+        if first.name != paper.name:
+            cheap, agreeing = first.c < paper.c, first.acceptance > paper.acceptance
+            why = {
+                (1, 1): "its step is cheaper and it agrees more",
+                (1, 0): "its step is cheaper, though it agrees less",
+            }
+            why |= {(0, 1): "it agrees more, though its step costs more", (0, 0): "by its length alone"}
+            line += f"; the paper's has {value(paper, 'speed-up')} (L_d {paper.L_d:g}): {why[cheap, agreeing]}"
+            line += (
+                f" (c {first.c:.2f} and {paper.c:.2f}, acceptance {first.acceptance:.2f} and {paper.acceptance:.2f})"
+            )
+        said.append(f"{line}.")
+    return "\n\n".join(said)
+
+
+def draw(found: pd.DataFrame, axes) -> None:
+    """``table`` -> speed-up over L_d, a panel for each beta, a line for each drafter; crosses: predicted."""
+    shades = dict(zip(dict.fromkeys(found.index), PALETTE, strict=False))
+    for ax, (beta, of) in zip(axes, found.groupby("beta"), strict=False):
+        for drafter, shade in shades.items():
+            line = of[of.index == drafter]
+            ax.plot(line.L_d, line["speed-up"], "o-", color=shade, label=drafter)
+            ax.vlines(line.L_d, line["speed-up_low"], line["speed-up_high"], color=shade)
+            ax.plot(line.L_d, line["predicted"], "x", color=shade)
+        ax.axhline(1, color=TARGET, linestyle=":")
+        ax.set(xlabel=maths("L_d"), title=maths(f"beta {beta:g}"), xticks=sorted(set(found.L_d)))
+    axes[0].set_ylabel("speed-up per token (cross: predicted)")
+    axes[0].legend(frameon=False, fontsize=9)
+    top = found.sort_values("speed-up").iloc[-1]
+    titled(axes, f"Fastest: {top.name} drafter, beta {top.beta:g}, L_d {top.L_d:g}: {top['speed-up']:.2f} times")
+
+
+def logs(folder: Path) -> pd.DataFrame:
+    """Acceptance on held-out speech over draws of the drafters of ``folder``/voice/tables: run, draws, acceptance.
+
+    draws: tokens that it had been taught to foresee, those of an earlier run of the same log included.
+    """
+    found = []
+    for run, (name, column) in LOGS.items():
+        path = Path(folder) / "voice" / "tables" / f"{name}.csv"
+        if path.is_file():
+            log = pd.read_csv(path)
+            parts = [of for _, of in log.groupby("run", sort=False)] if "run" in log else [log]
+            seen = 0
+            for part in parts:
+                found.append(pd.DataFrame({"run": run, "draws": seen + part.labels, "acceptance": part[column]}))
+                seen += part.labels.max()
+    columns = ["run", "draws", "acceptance"]
+    return pd.concat(found, ignore_index=True).dropna() if found else pd.DataFrame(columns=columns)
