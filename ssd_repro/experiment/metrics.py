@@ -43,10 +43,8 @@ UNSCORED = {"transcript": None, **dict.fromkeys(SCORES, math.nan)}  # of a row t
 
 def measure(audio: np.ndarray, rate: int, text: str, reference: np.ndarray, whisper="", speaker="") -> dict:
     """All metrics of one utterance; ``reference``: speech of the same voice at the same rate."""
-    transcript = transcribe(audio, rate, whisper)
-    similarity = speaker_similarity(audio, reference, rate, speaker)
-    mos = {**dnsmos(audio, rate), "distillmos": distillmos(audio, rate)}
-    return {"transcript": transcript, **text_errors(text, transcript), **mos, "similarity": similarity}
+    words, similarity = heard(audio, text, rate, whisper), speaker_similarity(audio, reference, rate, speaker)
+    return {**words, **dnsmos(audio, rate), "distillmos": distillmos(audio, rate), "similarity": similarity}
 
 
 def models(whisper: str = "", speaker: str = "") -> dict[str, str]:
@@ -161,6 +159,12 @@ def text_errors(text: str, transcript: str) -> dict[str, int]:
     for counter in (words, chars):
         counter.update([clean(transcript)], [clean(text)])
     return dict(zip(ERRORS, map(int, (words.errors, words.total, chars.errors, chars.total)), strict=True))
+
+
+def heard(audio: np.ndarray, text: str, rate: int = 24_000, whisper: str = "") -> dict:
+    """What Whisper hears, and its errors against ``text``."""
+    transcript = transcribe(audio, rate, whisper)
+    return {"transcript": transcript, **text_errors(text, transcript)}
 
 
 def _dnsmos_files() -> list[Path]:
