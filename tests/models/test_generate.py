@@ -10,6 +10,8 @@ from toys import generator, law_of_all_branches, p_value
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LogitsProcessorList,
     MaxLengthCriteria,
     StaticCache,
@@ -29,6 +31,7 @@ from ssd_repro.models.runtimes import openvino
 MODELS = {family: tiny(family) for family in FAMILIES}
 DRAFTS = {family: tiny(family, layers=2) for family in FAMILIES}
 LLAMA, DRAFT = MODELS["llama"], DRAFTS["llama"]
+GPT2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=64))
 IDS = torch.randint(2, 11, (3, 6), generator=generator(4))
 MASK, MASK_12 = torch.ones_like(IDS), torch.ones(1, 12, dtype=torch.int64)
 MASK[1, :2] = MASK[2, :5] = 0
@@ -368,6 +371,7 @@ def test_openvino_compiles_once_and_forgets_with_the_model():
     [
         ({"runtime": "tensorrt"}, "runtime is 'tensorrt'; choose eager or openvino"),
         ({"runtime": "openvino", "model": MODELS["mistral"]}, "knows Qwen2, Llama and Qwen3 .* not MistralModel"),
+        ({"runtime": "openvino", "model": GPT2, "draft": GPT2}, "not GPT2Model .activation another"),
         ({"runtime": "openvino", "model": tiny("llama", dtype=torch.bfloat16)}, "the model is torch.bfloat16"),
         ({"runtime": "openvino", "past_key_values": DynamicCache()}, "caches of its own"),
     ],

@@ -39,11 +39,12 @@ def capabilities() -> tuple[str, ...]:
 
 def check_decoder(model: PreTrainedModel) -> None:
     """InputError for a decoder that ``_graph`` would not write down as it is."""
-    config, name = model.config, type(model).__name__
+    config = model.config
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    turning = (config.rope_parameters or {}).get("rope_type", "default")
-    if type(model) not in DECODERS or not full or config.hidden_act != "silu" or turning in ("dynamic", "longrope"):
-        what = f"not {name} (activation {config.hidden_act}, rotary embedding {turning})"
+    activation = getattr(config, "hidden_act", "another")
+    turning = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if type(model) not in DECODERS or not full or activation != "silu" or turning in ("dynamic", "longrope"):
+        what = f"not {type(model).__name__} (activation {activation}, rotary embedding {turning})"
         raise InputError(
             f"runtime openvino knows Qwen2, Llama and Qwen3 decoders with full attention, {what}: choose runtime eager"
         )
