@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from .conclusions import value
-from .figures import PALETTE
-from .style import TARGET, maths, titled
+from .style import SSD, TARGET, colour, legend_below, maths, titled
 from .tables import readable
 from .theory import predict
 
@@ -63,27 +62,28 @@ def conclusion(found: pd.DataFrame) -> str:
     """Which drafter is the fastest at each beta, and what it has over the paper's: Markdown."""
     said = []
     for beta, of in found.groupby("beta"):
-        first, paper = of.sort_values("speed-up").iloc[-1], of.loc[[LABELS["paper"]]].sort_values("speed-up").iloc[-1]
+        papers, first = of.loc[[LABELS["paper"]]].sort_values("speed-up"), of.sort_values("speed-up").iloc[-1]
         line = f"**beta {beta:g}**: the {first.name} drafter with L_d {first.L_d:g} is the fastest, "
         line += f"{value(first, 'speed-up')} times as fast as the target alone"
-        if first.name != paper.name:
+        if first.name != LABELS["paper"]:
+            best, paper = papers.iloc[-1], papers.set_index("L_d").loc[first.L_d]
             cheap, agreeing = first.c < paper.c, first.acceptance > paper.acceptance
-            why = {
-                (1, 1): "its step is cheaper and it agrees more",
-                (1, 0): "its step is cheaper, though it agrees less",
-            }
-            why |= {(0, 1): "it agrees more, though its step costs more", (0, 0): "by its length alone"}
-            line += f"; the paper's has {value(paper, 'speed-up')} (L_d {paper.L_d:g}): {why[cheap, agreeing]}"
+            why = {(1, 1): "cheaper, and it agrees more", (1, 0): "cheaper, though it agrees less"}
+            why |= {(0, 1): "dearer, but it agrees more", (0, 0): "dearer, and it agrees less"}
             line += (
-                f" (c {first.c:.2f} and {paper.c:.2f}, acceptance {first.acceptance:.2f} and {paper.acceptance:.2f})"
+                f"; the paper's has {value(best, 'speed-up')} (L_d {best.L_d:g}). With L_d {first.L_d:g} its step is "
             )
+            line += f"{why[cheap, agreeing]} (c {first.c:.2f} and {paper.c:.2f}, acceptance {first.acceptance:.2f} and "
+            line += f"{paper.acceptance:.2f})"
         said.append(f"{line}.")
     return "\n\n".join(said)
 
 
 def draw(found: pd.DataFrame, axes) -> None:
     """``table`` -> speed-up over L_d, a panel for each beta, a line for each drafter; crosses: predicted."""
-    shades = dict(zip(dict.fromkeys(found.index), PALETTE, strict=False))
+    shades = {
+        name: SSD if name == LABELS["paper"] else colour(f"{name} drafter") for name in dict.fromkeys(found.index)
+    }
     for ax, (beta, of) in zip(axes, found.groupby("beta"), strict=False):
         for drafter, shade in shades.items():
             line = of[of.index == drafter]
@@ -93,15 +93,15 @@ def draw(found: pd.DataFrame, axes) -> None:
         ax.axhline(1, color=TARGET, linestyle=":")
         ax.set(xlabel=maths("L_d"), title=maths(f"beta {beta:g}"), xticks=sorted(set(found.L_d)))
     axes[0].set_ylabel("speed-up per token (cross: predicted)")
-    axes[0].legend(frameon=False, fontsize=9)
+    legend_below(axes, 4)
     top = found.sort_values("speed-up").iloc[-1]
     titled(axes, f"Fastest: {top.name} drafter, beta {top.beta:g}, L_d {top.L_d:g}: {top['speed-up']:.2f} times")
 
 
 def logs(folder: Path) -> pd.DataFrame:
-    """Acceptance on held-out speech over draws of the drafters of ``folder``/voice/tables: run, draws, acceptance.
+    """Acceptance on held-out speech over the draws that the drafters of ``folder``/voice/tables learned from.
 
-    draws: tokens that it had been taught to foresee, those of an earlier run of the same log included.
+    million draws: tokens that it had been taught to foresee, those of an earlier run of the same log included.
     """
     found = []
     for run, (name, column) in LOGS.items():
@@ -111,7 +111,9 @@ def logs(folder: Path) -> pd.DataFrame:
             parts = [of for _, of in log.groupby("run", sort=False)] if "run" in log else [log]
             seen = 0
             for part in parts:
-                found.append(pd.DataFrame({"run": run, "draws": seen + part.labels, "acceptance": part[column]}))
+                found.append(
+                    pd.DataFrame({"run": run, "million draws": (seen + part.labels) / 1e6, "acceptance": part[column]})
+                )
                 seen += part.labels.max()
-    columns = ["run", "draws", "acceptance"]
+    columns = ["run", "million draws", "acceptance"]
     return pd.concat(found, ignore_index=True).dropna() if found else pd.DataFrame(columns=columns)

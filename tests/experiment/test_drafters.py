@@ -17,6 +17,7 @@ def made(drafter, beta=0.0, alpha=0.6, draft=0.008, verify=0.022, length=3):
 ROWS = pd.concat(
     [
         made(None),
+        made(None, length=2),
         made("hidden", alpha=0.55, draft=0.002, length=2),
         made("hidden", alpha=0.55, draft=0.002),
         made("n-gram", alpha=0.05, draft=0.0001),
@@ -34,10 +35,11 @@ def test_table_by_hand():
         ("hidden-state", 0.0, 3),
         ("n-gram", 0.0, 3),
         ("on-policy", 0.4, 3),
+        ("paper's", 0.0, 2),
         ("paper's", 0.0, 3),
         ("paper's", 0.4, 3),
     ]
-    paper = table[(table.index == "paper's") & (table.beta == 0)].iloc[0]
+    paper = table[(table.index == "paper's") & (table.beta == 0)].iloc[-1]
     assert paper["c"] == pytest.approx(0.4) and paper["V"] == pytest.approx(1.1)
     assert paper["predicted"] == pytest.approx(paper["tokens a round"] / (3 * 0.4 + 1.1))
     assert paper["speed-up_low"] < paper["speed-up"] < paper["speed-up_high"]
@@ -49,7 +51,11 @@ def test_table_by_hand():
 def test_the_conclusion_says_who_and_why():
     lossless, tolerant = drafters.conclusion(drafters.table(ROWS)).split("\n\n")
     assert "beta 0**: the hidden-state drafter" in lossless and "its step is cheaper, though it agrees less" in lossless
-    assert "beta 0.4**: the on-policy drafter" in tolerant and "it agrees more" in tolerant
+    assert (
+        "beta 0.4**: the on-policy drafter" in tolerant
+        and "but it agrees more" in tolerant
+        or "cheaper, and it agrees more" in tolerant
+    )
     alone = drafters.conclusion(drafters.table(made(None)))
     assert "the paper's drafter with L_d 3 is the fastest" in alone and ";" not in alone
 
@@ -69,4 +75,4 @@ def test_logs_go_on_where_a_run_of_the_same_log_ended(tmp_path):
     path = tmp_path / "voice" / "tables" / "on_policy_log.csv"
     text = "run,step,labels,dev_acceptance\n1,5,100,0.5\n1,9,200,\n2,4,50,0.6\n"
     write_text(path, text)
-    assert drafters.logs(tmp_path).values.tolist() == [["on-policy draft", 100, 0.5], ["on-policy draft", 250, 0.6]]
+    assert drafters.logs(tmp_path).values.tolist() == [["on-policy draft", 1e-4, 0.5], ["on-policy draft", 2.5e-4, 0.6]]
