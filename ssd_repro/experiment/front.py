@@ -1,6 +1,7 @@
 """README's first screen, made from the tables of one results folder: what was measured, four to five rows, and why.
 
-Beside it a paragraph on a GPU, from the folder ``gpu`` next to it.
+Beside it a paragraph on a GPU, from the folder ``gpu`` next to it, and the words of the lossless drafter on more
+utterances, from ``voice``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from ..errors import InputError
 from . import paper
 from .conclusions import value
 from .provenance import all_provenance
+from .tables import number
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
 ON_GPU = "**On a GPU**"
@@ -29,11 +31,12 @@ def renew(text: str, folder: Path) -> str:
         return text
     table, theory = (pd.read_csv(file) for file in files)
     paragraphs = text.split("\n\n")
-    made = dict(zip(BEGINS, made_of(table.set_index("system"), theory), strict=True))
+    voice = all_provenance(folder).get("01_table1", {}).get("weights")
+    words = _words(Path(folder).parent / "voice" / "tables" / "lossless.csv", voice)
+    made = dict(zip(BEGINS, made_of(table.set_index("system"), theory, words), strict=True))
     gpu = Path(folder).parent / "gpu"
     if ON_GPU in text and (other := gpu / "tables" / "table1.csv").is_file():
-        abouts = [all_provenance(each).get("01_table1", {}) for each in (gpu, folder)]
-        made[ON_GPU] = _on_gpu(pd.read_csv(other).set_index("system"), *abouts)
+        made[ON_GPU] = _on_gpu(pd.read_csv(other).set_index("system"), all_provenance(gpu)["01_table1"], voice)
     for begin, paragraph in made.items():
         places = [i for i, old in enumerate(paragraphs) if old.startswith(begin)]
         if len(places) != 1:
@@ -42,8 +45,8 @@ def renew(text: str, folder: Path) -> str:
     return "\n\n".join(paragraphs)
 
 
-def made_of(table: pd.DataFrame, theory: pd.DataFrame) -> tuple[str, str, str]:
-    """table: Table 1 by system; theory: the table of that name -> the three paragraphs."""
+def made_of(table: pd.DataFrame, theory: pd.DataFrame, words: dict[str, str]) -> tuple[str, str, str]:
+    """table: Table 1 by system; theory: the table of that name; words: ``_words`` -> the three paragraphs."""
     lossless, own = _fastest(table, "beta 0, "), _fastest(table, f"on-policy drafter, beta {BETA:g}, ")
     rise = paper.NUMBERS.loc[BETA]["WER %"] - paper.NUMBERS.loc["autoregressive"]["WER %"]
     kept = table[table["WER %"] <= table.loc["Autoregressive"]["WER %"] + rise]  # it costs no more words than theirs
@@ -59,7 +62,21 @@ def made_of(table: pd.DataFrame, theory: pd.DataFrame) -> tuple[str, str, str]:
         rows[lossless.name] = (lossless, paper.NUMBERS.loc[0.0])
     if tolerant is not None and (own is None or tolerant.name != own.name):
         rows[tolerant.name] = (tolerant, None)
-    return _claim(table, lossless), _table(rows), _why(table.loc["SSD"], theory)
+    said = "" if lossless is None else words.get(lossless.name, "")
+    return _claim(table, lossless) + said, _table(rows), _why(table.loc["SSD"], theory)
+
+
+def _words(path: Path, voice: str | None) -> dict[str, str]:
+    """System -> what its words were on more utterances of this voice: of ``equivalence.of_rows``, at ``path``."""
+    found, said = pd.read_csv(path) if path.is_file() else pd.DataFrame(), {}
+    for _, row in found[found.voice == voice].iterrows() if "voice" in found else ():
+        shown = number(row["WER difference"], 1, row["WER difference_low"], row["WER difference_high"])
+        verdict = {"yes": "equivalent within one point", "no": "not equivalent within one point"}
+        verdict = verdict.get(row.equivalent, "equivalence within one point not shown")
+        said[row.system] = (
+            f" Its words, on {row.n} utterances: {shown} points of WER from the target's (90 %), {verdict}."
+        )
+    return said
 
 
 def _fastest(table: pd.DataFrame, setting: str) -> pd.Series | None:
@@ -83,10 +100,10 @@ def _claim(table: pd.DataFrame, lossless: pd.Series | None) -> str:
     )
 
 
-def _on_gpu(table: pd.DataFrame, about: dict, ours: dict) -> str:
-    """table: its Table 1 by system; about: the entry of provenance.json that made it; ours: that of this folder."""
+def _on_gpu(table: pd.DataFrame, about: dict, voice: str | None) -> str:
+    """table: its Table 1 by system; about: the entry of provenance.json that made it; voice: this folder's."""
     ssd, alone, lossless = table.loc["SSD"], table.loc["Autoregressive"], _fastest(table, "beta 0, ")
-    other = f", with another voice than above, {about['weights']}" if ours.get("weights") != about["weights"] else ""
+    other = f", with another voice than above, {about['weights']}" if voice != about["weights"] else ""
     said = (
         f"{ON_GPU} ({about['chip']}, {about['parameters']['precision']}, CUDA graphs, {alone.n:g} sentences{other}) "
         f"the paper's recipe is {value(ssd, 'speed-up')} times as fast as the target alone"

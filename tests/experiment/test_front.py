@@ -1,5 +1,6 @@
 """README's first screen: three paragraphs that follow the tables."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -90,6 +91,28 @@ def test_a_gpus_paragraph_comes_from_the_folder_beside(folder):
     assert "another voice than above" in said  # this folder has no provenance
     (folder / "provenance.json").write_bytes((gpu / "provenance.json").read_bytes())
     assert "another voice" not in front.renew(page, folder)
+
+
+def test_the_words_of_the_lossless_drafter_are_of_this_voice_alone(folder):
+    known = pd.read_csv(folder / "tables" / "table1.csv")
+    name = known[known.system.str.contains("beta 0, ")].sort_values("speed-up").system.iloc[-1]
+    (folder / "provenance.json").write_bytes((ROOT / "results" / "mini" / "provenance.json").read_bytes())
+    voice = json.loads((folder / "provenance.json").read_text())["01_table1"]["weights"]
+    path = folder.parent / "voice" / "tables" / "lossless.csv"
+    path.parent.mkdir(parents=True)
+    line = {"system": name, "WER difference": 0.02, "WER difference_low": -0.7, "WER difference_high": 0.8, "n": 300}
+    for whose, equivalent, words in (
+        (
+            voice,
+            "yes",
+            "Its words, on 300 utterances: 0.0 [-0.7, 0.8] points of WER from the target's (90 %), equivalent",
+        ),
+        (voice, "not shown", "equivalence within one point not shown."),
+        ("another", "yes", None),
+    ):
+        pd.DataFrame([{**line, "equivalent": equivalent, "voice": whose}]).to_csv(path, index=False)
+        made = front.renew(PAGE, folder)
+        assert words in made if words else "Its words" not in made
 
 
 def test_a_page_without_a_paragraph_is_refused_and_others_stay(folder, tmp_path):
