@@ -50,8 +50,7 @@ _parse = {int: _number(int, "a whole number"), float: _number(float, "a number")
 
 def parser() -> Parser:
     top = Parser(prog="ssd-repro", description="Speech speculative decoding (Interspeech 2025), reproduced.")
-    names = "speak|run|report|samples|score|bench|listening-test|tokenise|train-draft"
-    commands = top.add_subparsers(dest="command", required=True, metavar=names)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     speak = commands.add_parser("speak", help="speak a text with the bundled voice")
     speak.add_argument("text", help="English text, at most 5,000 characters; spoken sentence by sentence")
@@ -353,8 +352,8 @@ def run_train_draft(options) -> int:
     from .training.loop import Settings
 
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "until"})
-    more = ("held_out", "longest", "samples", "sample_batch", "device")
-    rest = {name: getattr(options, name) for name in ("recipe", "loss", "drafter", *more)}
+    more = ("recipe", "loss", "drafter", "held_out", "longest", "samples", "sample_batch", "device")
+    rest = {name: getattr(options, name) for name in more}
     draft.train(options.target, options.data, options.out, settings, **rest, log=_log)
     if is_first():
         print(options.out / "draft.json")

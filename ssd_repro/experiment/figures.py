@@ -14,7 +14,7 @@ from ..models.codec import TOKEN_RATE
 from . import paper
 from .rows import DECIBELS
 from .style import DRAFT, PALETTE, SPEEDUP, SSD, TARGET, WER, colour, hollow, maths, titled
-from .tables import NAMES, STAGES, number
+from .tables import NAMES, STAGES, number, of_method
 
 KINDS = {  # what became of a token, in the order of the lanes from the top
     "sampled": PALETTE[7],
@@ -79,6 +79,22 @@ def timeline(events: pd.DataFrame, ax, title: str = "") -> None:
     )
     ax.set_xlim(left=-0.05)
     ax.set_title(maths(title), loc="left", fontsize=12)
+
+
+def events_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """The paper's Figure 2 of the one SSD row: every token, its place and what became of it."""
+    row = of_method(rows, "speculative").iloc[0]
+    events = timeline_events(row).set_index("seconds")
+    rate, per_call = (number(row[name], 2) for name in ("acceptance_rate", "tokens_per_target_call"))
+    setting = f"SSD, beta {row.tolerance:g}, L_d {row.draft_length:g}"
+    title = f"{setting}: {rate} of drafted tokens accepted, {per_call} tokens per target call"
+    events.attrs |= {"title": title, "envelope": envelope(row)}
+    return events
+
+
+def counted(events: pd.DataFrame) -> pd.DataFrame:
+    """``events_of``, to read: how many tokens of each kind."""
+    return pd.DataFrame({"tokens": events.kind.value_counts().reindex(KINDS).dropna().astype(int)})
 
 
 def timeline_and_sound(events: pd.DataFrame, axes) -> None:

@@ -64,21 +64,6 @@ from .style import WIDTH
 LISTENED = "listening.csv"  # of a results folder: what ``listening-test analyse`` found
 
 
-def timeline(rows: pd.DataFrame) -> pd.DataFrame:
-    """The paper's Figure 2 of the one SSD row: every token, its place and what became of it."""
-    row = tables.of_method(rows, "speculative").iloc[0]
-    events = figures.timeline_events(row).set_index("seconds")
-    rate, per_call = (tables.number(row[name], 2) for name in ("acceptance_rate", "tokens_per_target_call"))
-    setting = f"SSD, beta {row.tolerance:g}, L_d {row.draft_length:g}"
-    title = f"{setting}: {rate} of drafted tokens accepted, {per_call} tokens per target call"
-    events.attrs |= {"title": title, "envelope": figures.envelope(row)}
-    return events
-
-
-def _counted(events: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame({"tokens": events.kind.value_counts().reindex(figures.KINDS).dropna().astype(int)})
-
-
 @dataclass(frozen=True)
 class Exhibit:
     """A table with its figure: ``table(rows)``, or ``table(rows, tolerance, draft_length)`` where ``at_setting``,
@@ -122,7 +107,7 @@ _WER = {"WER %": "WER, points"}
 _QUALITY = {**_WER, "NMOS": "P808 (NMOS)", "SS": "SS"}
 EXHIBITS = {
     "timeline": Exhibit(
-        "00_listen", timeline, TIMELINE, figures.timeline_and_sound, (2, 1), (WIDTH, 3.8), readable=_counted
+        "00_listen", figures.events_of, TIMELINE, figures.timeline_and_sound, (2, 1), (WIDTH, 3.8), figures.counted
     ),
     "phases": Exhibit("00_listen", tables.stages, STAGES, figures.stages, page=_SHARES),
     "listen_paper": _and_paper("00_listen", tables.ssd_and_paper, names=[tables.SPEEDUP, _ACCEPTED[0]]),
