@@ -19,7 +19,8 @@ from . import openvino
 from .graphs import StaticLM
 
 RUNTIMES = ("auto", "eager", "graphs", "openvino")
-FAMILIES = {"graphs": ("qwen2",), "openvino": ("qwen2", "llama", "qwen3")}  # that a fast one knows
+# The decoders that a fast one knows, by their configurations' model_type.
+FAMILIES = {"graphs": ("qwen2",), "openvino": tuple(each.config_class.model_type for each in openvino.DECODERS)}
 
 
 def choose_runtime(runtime: str, device: str, precision: str = "fp32") -> str:
