@@ -129,10 +129,9 @@ class Bench:
                 theirs = self.theirs(contender.runtime == THEIRS[1])
                 ids = theirs.prompt(prefix)
                 began = _now(self.device)
-                custom = ("openvino" if contender.runtime == THEIRS[2] else "eager") * contender.system.startswith(
-                    CUSTOM
-                )
-                tokens += len(theirs.decode(ids, config, seed, assisted, custom))
+                custom = contender.system.startswith(CUSTOM)
+                runtime = "openvino" if contender.runtime == THEIRS[2] else "eager"
+                tokens += len(theirs.decode(ids, config, seed, assisted, runtime if custom else ""))
             else:
                 began = _now(self.device)
                 decode = partial(speculative, *models) if assisted else partial(autoregressive, models[0])
