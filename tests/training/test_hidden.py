@@ -110,12 +110,12 @@ def test_a_drafter_is_put_into_a_voice_folder(trained, tmp_path):
         alone = voice.speak("So am I.", "autoregressive")
         for drafter in voice.drafters:
             assert voice.speak("So am I.", tolerance=0.0, drafter=drafter).token_ids == alone.token_ids
-    with pytest.raises(InputError, match="drafter 'block' is not one that a voice folder holds: choose hidden or on"):
-        checkpoints.add_other(tmp_path, "block", hidden)
+    with pytest.raises(InputError, match="drafter 'paper' is not one that a voice folder holds: choose hidden or"):
+        checkpoints.add_other(tmp_path, "paper", hidden)
 
 
 def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(InputError, match="drafter is 'x'; choose one of paper, hidden"):
         draft_module.train(tmp_path, tmp_path, tmp_path, Settings(1), drafter="x")
-    with pytest.raises(InputError, match="loss is 'kl'; a hidden-state drafter has one of its own"):
+    with pytest.raises(InputError, match="loss is 'kl'; a hidden drafter has one of its own"):
         draft_module.train_draft(tiny_target(), [], [], Settings(1), tmp_path, loss="kl", drafter="hidden")
