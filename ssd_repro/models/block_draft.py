@@ -31,6 +31,9 @@ class BlockDraft(HiddenDraft):
     def ends(self) -> tuple[nn.Linear, nn.Linear]:
         return self.lm.head, self.up
 
+    def on(self, lm: LanguageModel) -> BlockDraftLM:
+        return BlockDraftLM(self, lm)
+
     def follow(self, hidden: Tensor, embeddings: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         state = self.cell(torch.cat((hidden, embeddings), -1), state)
         return self.lm.head(hidden) + self.carry(state), state

@@ -73,6 +73,10 @@ class HiddenDraft(nn.Module):
             parameter.data = parameter.data.to(self.lm.head.weight.dtype)
         return self
 
+    def on(self, lm: LanguageModel) -> HiddenDraftLM:
+        """On a runtime; lm: ``self.lm`` as it decodes."""
+        return HiddenDraftLM(self, lm)
+
     def reduce(self, features: Tensor) -> Tensor:
         return self.reducer(features)
 
