@@ -225,8 +225,9 @@ class BlockDrafter(HiddenDrafter):
     in the slot before. The masks are forgotten after the round, so ``HiddenDrafter``'s INVARIANT holds.
     """
 
-    block: Tensor | None = None  # (1, n, hidden) of the round's slots
-    state: Tensor | None = None  # what the head keeps from slot to slot
+    def __init__(self, model: BlockModel, prefix: Tensor, target: Session) -> None:
+        super().__init__(model, prefix, target)
+        self.block = self.state = None  # of the round: the slots' hidden states (1, n, hidden), what the head keeps
 
     def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count = min(count, len(self.model.masks) + 1)

@@ -1,23 +1,22 @@
 """The drafters on the target's hidden states: exact, and what they draft from is what their training teaches."""
 
 import json
-from collections import Counter
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import generator, p_value
+from toys import generator, law_of_all_branches
 
 from ssd_repro.decoding.drafters import Tape
 from ssd_repro.decoding.result import DecodeConfig
 from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.models import checkpoints
-from ssd_repro.models.block_draft import BlockDraft, BlockDraftLM
+from ssd_repro.models.block_draft import BlockDraft
 from ssd_repro.models.draft import own_parameters
 from ssd_repro.models.families import small_qwen2
-from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
+from ssd_repro.models.hidden_draft import HiddenDraft
 from ssd_repro.models.runtimes.graphs import StaticLM
 from ssd_repro.models.runtimes.openvino import OpenVINOLM
 from ssd_repro.models.speech_lm import SpeechLM
@@ -25,8 +24,7 @@ from ssd_repro.training.block import BlockTask
 from ssd_repro.training.hidden import HiddenTask
 
 PREFIX = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1))
-# -> a drafter of a target, its place in the loop, what trains it
-KINDS = {"hidden": (HiddenDraft, HiddenDraftLM, HiddenTask), "block": (BlockDraft, BlockDraftLM, BlockTask)}
+KINDS = {"hidden": (HiddenDraft, HiddenTask), "block": (BlockDraft, BlockTask)}  # a drafter, and what trains it
 
 
 def made(drafting, vocab=40, scale=0.3):
@@ -42,6 +40,10 @@ def made(drafting, vocab=40, scale=0.3):
     return target, draft
 
 
+SAMPLERS = {
+    "softmax": Sampler(top_k=0, top_p=1.0, ras=False),
+    "ras": Sampler(top_k=2, top_p=0.85, ras_window=3, ras_tau=0.5),
+}
 MADE = {drafting: made(drafting) for drafting in KINDS}
 RUNTIMES = {"eager": lambda lm: lm, "graphs": lambda lm: StaticLM(lm, 120), "openvino": lambda lm: OpenVINOLM(lm, 1)}
 
@@ -50,7 +52,7 @@ RUNTIMES = {"eager": lambda lm: lm, "graphs": lambda lm: StaticLM(lm, 120), "ope
 def models(request):
     drafting, runtime = request.param
     (target, draft), run = MADE[drafting], RUNTIMES[runtime]
-    return run(target), KINDS[drafting][1](draft, run(draft.lm)), drafting
+    return run(target), draft.on(run(draft.lm)), drafting
 
 
 @pytest.mark.parametrize("draft_length", [1, 3, 8])
@@ -96,7 +98,7 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
     assert (len({len(p) for _, _, p in rounds[:-4]}) > 1) == (confidence > 0)  # the last are cut by max_tokens
     assert len({0} | {r.accepted for r in result.rounds}) > 2 and len(rounds) > 8
     whole_target, own = MADE[drafting]
-    task = KINDS[drafting][2](SimpleNamespace(lm=whole_target), begin=own)
+    task = KINDS[drafting][1](SimpleNamespace(lm=whole_target), begin=own)
     for tokens, size, p in rounds:
         whole = torch.cat((PREFIX, whole_target.speech_embedding(tokens[None])), 1)
         with torch.no_grad():
@@ -108,24 +110,23 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
                 torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("drafting", KINDS)
-def test_the_distribution_is_the_targets(drafting):
-    """The second and third token, of six; 2,500 draws, chi-squared: a right drafter fails once in 10,000 runs."""
-    target, draft = made(drafting, vocab=6, scale=0.2)
-    drafter = KINDS[drafting][1](draft, draft.lm)
+def test_the_distribution_is_the_targets(drafting, sampler, verification, monkeypatch):
+    """To six digits: the real loop through every branch that it can take, beside the target's own."""
+    target, draft = made(drafting, vocab=3, scale=0.2)
     config = DecodeConfig(
-        sampler=Sampler(top_k=0, top_p=1.0, ras=False), max_tokens=3, stop_ids=(), draft_length=2, tolerance=0.0
-    )
-    counts, rng = Counter(), generator(5)
-    for _ in range(2500):
-        counts[speculative(target, drafter, PREFIX, config, rng).tokens[1:]] += 1
-    law = Counter()
-    with torch.no_grad():
-        first = target(PREFIX)[0, -1].softmax(-1).tolist()
-        for a, b, c in product(range(6), repeat=3):
-            after = target(torch.cat((PREFIX, target.speech_embedding(torch.tensor([[a, b]]))), 1))[0].softmax(-1)
-            law[b, c] += first[a] * float(after[-2, b] * after[-1, c])
-    assert p_value(counts, law) > 1e-4
+        sampler=SAMPLERS[sampler], max_tokens=4, min_tokens=1, stop_ids=(2,), draft_length=2, tolerance=0.0,
+        verification=verification,
+    )  # fmt: skip
+    drafter = draft.on(draft.lm)
+    want = law_of_all_branches(lambda: autoregressive(target, PREFIX, config, generator()).tokens, monkeypatch)
+    monkeypatch.undo()
+    got = law_of_all_branches(lambda: speculative(target, drafter, PREFIX, config, generator()).tokens, monkeypatch)
+    assert len(want) > 7 and sum(want.values()) == pytest.approx(1)
+    for every in want.keys() | got.keys():
+        assert got.get(every, 0.0) == pytest.approx(want.get(every, 0.0), abs=2e-6), every
 
 
 @pytest.mark.parametrize("drafting", KINDS)

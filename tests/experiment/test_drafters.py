@@ -61,12 +61,12 @@ def test_the_conclusion_says_who_and_why():
 
 
 def test_the_systems_of_a_voice(fake):
-    fake.drafters = fake.drafters | {"hidden": None}
+    fake.drafters, fake.untrained = fake.drafters | {"hidden": None}, {"early-exit": None} | fake.untrained
     base = studies.STUDIES[drafters.NOTEBOOK][1]({})
     found = studies.BY_VOICE[drafters.NOTEBOOK](fake, {"tolerance": 0.4, "lengths": [1, 2]})
     assert [system.method for system in base] == [AUTOREGRESSIVE.method] and not base[0].scored
     asked = {(system.drafter, system.tolerance, system.draft_length) for system in found}
-    betas = {None: (0.0, 0.4), "hidden": (0.0, 0.4), "n-gram": (0.0,)}
+    betas = {None: (0.0, 0.4), "hidden": (0.0, 0.4), "early-exit": (0.0,), "n-gram": (0.0,)}
     assert asked == {(name, beta, n) for name, some in betas.items() for beta in some for n in (1, 2)}
 
 

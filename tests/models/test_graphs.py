@@ -15,9 +15,10 @@ from ssd_repro.decoding.result import DecodeConfig
 from ssd_repro.decoding.sampling import Sampler, probabilities
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
+from ssd_repro.models.block_draft import BlockDraft
 from ssd_repro.models.draft import make_draft
 from ssd_repro.models.families import small_qwen2
-from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
+from ssd_repro.models.hidden_draft import HiddenDraft
 from ssd_repro.models.runtimes import graphs
 from ssd_repro.models.runtimes.graphs import FixedCache, StaticLM, StaticSession
 from ssd_repro.models.speech_lm import SpeechLM
@@ -204,19 +205,20 @@ def test_recorded_blocks_say_what_the_loop_says(recorded, verification, least):
     assert 4 <= len(recorded) <= 14
 
 
-def test_recorded_blocks_with_a_drafter_on_hidden_states(recorded):
+@pytest.mark.parametrize("kind", [HiddenDraft, BlockDraft])
+def test_recorded_blocks_with_a_drafter_on_hidden_states(recorded, kind):
     torch.manual_seed(3)
     lm = SpeechLM(small_qwen2(16, 32, 3, 4, 2, vocab=5, initializer_range=0.3), 13).eval().requires_grad_(False)
-    hidden = HiddenDraft(lm, rank=8).begin_from(lm).eval().requires_grad_(False)
+    hidden = kind(lm, rank=8).begin_from(lm).eval().requires_grad_(False)
     lm.taps = hidden.taps
-    target, drafter = one_cache(lm), HiddenDraftLM(hidden, one_cache(hidden.lm))
+    target, drafter = one_cache(lm), hidden.on(one_cache(hidden.lm))
     for seed in range(10):
         prefix = torch.randn(1, 4 + seed % 3, 16, generator=generator(seed))
-        cfg = config(max_tokens=18 + seed, draft_length=2 + seed % 2)
-        want = speculative(lm, HiddenDraftLM(hidden, hidden.lm), prefix, cfg, generator(seed))
+        cfg = config(max_tokens=18 + seed, draft_length=2 + 5 * (seed % 2))  # 7: a block is of 6
+        want = speculative(lm, hidden.on(hidden.lm), prefix, cfg, generator(seed))
         found = speculative(target, drafter, prefix, cfg, generator(seed))
         assert found.tokens == want.tokens and found.rounds == want.rounds
-    assert len(recorded) <= 20
+    assert len(recorded) <= 40
 
 
 def test_a_recorded_target_with_a_draft_that_is_not(recorded):
@@ -235,20 +237,20 @@ def test_what_cannot_be_recorded_runs_as_it_stands(recorded):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("drafting", ["paper", "hidden"])
+@pytest.mark.parametrize("drafting", ["paper", "hidden", "block"])
 @torch.inference_mode()
 def test_cuda_graphs_say_what_eager_says(drafting):
     """Nothing is recorded after the first utterances, and no memory is taken from the driver."""
     torch.manual_seed(4)
     lm = SpeechLM(small_qwen2(64, 128, 6, 2, 1, vocab=5, initializer_range=0.1), 99).eval().requires_grad_(False)
-    hidden = HiddenDraft(lm).begin_from(lm).eval().requires_grad_(False)
+    hidden = (BlockDraft if drafting == "block" else HiddenDraft)(lm).begin_from(lm).eval().requires_grad_(False)
     draft = make_draft(lm, bottom=1, top=1)
     lm.taps = hidden.taps
     for model in (lm, hidden, draft):
         model.cuda()
-    plain = draft if drafting == "paper" else HiddenDraftLM(hidden, hidden.lm)
+    plain = draft if drafting == "paper" else hidden.on(hidden.lm)
     target, own = StaticLM(lm, 200), StaticLM(draft if drafting == "paper" else hidden.lm, 200)
-    static = own if drafting == "paper" else HiddenDraftLM(hidden, own)
+    static = own if drafting == "paper" else hidden.on(own)
     counts, taken, cuda = [], [], torch.Generator("cuda")
     for seed in range(12):
         prefix = torch.randn(1, 8 + seed % 4, 64, generator=generator(seed)).cuda()
