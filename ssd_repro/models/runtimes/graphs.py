@@ -39,9 +39,9 @@ class StaticLM:
     price of a draft length would be that of another one.
 
     record: each block of a round as a CUDA graph, recorded when it first comes (a second or less); by default where
-    the model is on a GPU; the prefill, too, padded to a multiple of 64. Other samplers than a ``Sampler``, other rules than
-    the tolerance and adaptive drafts run as they stand. Call ``lm.to(device)`` and ``lm.cast`` before. InputError if max_length is
-    out of range.
+    the model is on a GPU. A prefill is recorded, too, padded to a multiple of PADDED positions. Other samplers than a
+    ``Sampler``, other rules than the tolerance and adaptive drafts run as they stand. Call ``lm.to(device)`` and
+    ``lm.cast`` before. InputError if max_length is out of range.
     """
 
     def __init__(self, lm: SpeechLM, max_length: int, record: bool | None = None) -> None:
@@ -171,7 +171,7 @@ def blank_layers(lm: SpeechLM, cells: int) -> list[Tensor]:
 
 
 class Prefill:
-    """A prefill of so many positions over one cache, recorded: what it reads and leaves stands at addresses that stay."""
+    """A prefill of ``padded`` positions over one cache, recorded: it reads and leaves all at addresses that stay."""
 
     def __init__(self, lm: SpeechLM, cache: FixedCache, padded: int) -> None:
         self.given = lm.head.weight.new_zeros(1, padded, lm.model.config.hidden_size)
@@ -183,7 +183,7 @@ class Prefill:
         self.replay, self.output = capture(block, [])
 
     def play(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(1, n, hidden) -> the last hidden states (1, n, hidden), and the features; the next call writes over them."""
+        """(1, n, hidden) -> the last layer's (1, n, hidden), and the features; the next call writes over them."""
         n = embeddings.shape[1]
         self.given.zero_()[:, :n].copy_(embeddings)
         self.replay()
