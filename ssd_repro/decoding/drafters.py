@@ -6,6 +6,7 @@ What a drafter (and the loop) knows of the sequence is a ``Tape``. The paper's d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -142,7 +143,6 @@ class Stepwise:
             tape.write(position, token)
             if tape.confidence:
                 trust *= float(p[-1][0, token])
-        self.calls += len(p)
         return tape.tokens(first, first + len(p)), torch.cat(p)
 
 
@@ -185,11 +185,16 @@ class HiddenDrafter(Stepwise):
     def step(self, tape: Tape, position: int) -> Tensor:
         first = position == tape.size
         features = self.ready if first else self.session.features[:, -1:]
-        tokens = tape.tokens(position - features.shape[1], position)
-        logits = self.session.feed(self.model.join(features, self.model.embed(tokens[None])))
+        logits = self.session.feed(self._joined(features, tape, position))
+        self.calls += 1
         if first:
             self.known, self.ready = self.session.length, features[:, :0]
         return logits
+
+    def _joined(self, features: Tensor, tape: Tape, position: int) -> Tensor:
+        """Hidden states, each with the token after it; the last of these stands before ``position``."""
+        tokens = tape.tokens(position - features.shape[1], position)
+        return self.model.join(features, self.model.embed(tokens[None]))
 
     def rollback(self, size: int) -> None:
         self.session.crop(self.known)
@@ -197,6 +202,45 @@ class HiddenDrafter(Stepwise):
             news = self.target.features[:, : size - self.size]
             self.ready = torch.cat((self.ready, self.model.reduce(news)), 1)
         self.size = size
+
+
+class BlockModel(HiddenModel, Protocol):
+    """A small model that drafts several tokens from one forward (``models.block_draft``)."""
+
+    masks: Tensor  # (B - 1, hidden): what it is fed with for each slot of a block of B but the first
+    up: Callable[[Tensor], Tensor]  # (n, rank) -> logits (n, V)
+
+    def follow(self, hidden: Tensor, embeddings: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Slots' hidden states and the tokens before them, (n, hidden) both, and the state that the slots before left.
+
+        -> (n, rank) for ``up``, and the new state, (n, rank); None: of a first slot.
+        """
+
+
+class BlockDrafter(HiddenDrafter):
+    """Drafts a block from one forward (DFlash: Chen et al. 2026), each of its tokens knowing those before (DSpark).
+
+    Behind the hidden states that it has come to know it is fed with a mask for each further slot. The forward sees no
+    token of the block; a head that is small enough to run once a slot reads the slot's hidden state and the token drawn
+    in the slot before. The masks are forgotten after the round, so ``HiddenDrafter``'s INVARIANT holds.
+    """
+
+    block: Tensor | None = None  # (1, n, hidden) of the round's slots
+    state: Tensor | None = None  # what the head keeps from slot to slot
+
+    def propose(self, tape: Tape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        count = min(count, len(self.model.masks) + 1)
+        given = self._joined(self.ready, tape, tape.size)
+        self.session.feed(torch.cat((given, self.model.masks[None, : count - 1]), 1))
+        self.calls += 1
+        self.known, self.ready = self.session.length - (count - 1), self.ready[:, :0]
+        self.block, self.state = self.session.features[:, -count:], None
+        return super().propose(tape, count, generator)
+
+    def step(self, tape: Tape, position: int) -> Tensor:
+        token = self.model.embed(tape.tokens(position - 1, position))
+        made, self.state = self.model.follow(self.block[:, position - tape.size], token, self.state)
+        return self.model.up(made)
 
 
 class NGramDrafter:

@@ -151,6 +151,7 @@ class ModelDrafter(Stepwise):
 
     def step(self, tape: Tape, position: int) -> Tensor:
         missing = tape.tokens(self.session.length - self.start, position)
+        self.calls += 1
         return self.session.extend(missing[None])[0, -1:]
 
     def rollback(self, size: int) -> None:

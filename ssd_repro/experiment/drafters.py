@@ -12,7 +12,7 @@ from .tables import readable
 from .theory import predict
 
 NOTEBOOK = "18_drafters"
-LABELS = {"paper": "paper's", "hidden": "hidden-state", "on-policy": "on-policy", "n-gram": "n-gram"}
+LABELS = {"paper": "paper's", "hidden": "hidden-state"}  # other drafters bear the names that they have everywhere
 # Where the logs of the bundled voice's drafters lie, from a results folder's parent -> the column of their acceptance.
 LOGS = {
     "hidden-state, on the teacher's speech": ("hidden_log_second_run", "dev_acceptance_1"),

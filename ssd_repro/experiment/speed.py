@@ -22,6 +22,8 @@ LABELS = {
     "ssd": "ours, SSD, beta {beta:g}",
     "ssd0_hidden": "ours, hidden-state drafter, beta 0",
     "ssd_hidden": "ours, hidden-state drafter, beta {beta:g}",
+    "ssd0_block": "ours, block drafter, beta 0",
+    "ssd_block": "ours, block drafter, beta {beta:g}",
     "ssd0_on-policy": "ours, on-policy draft, beta 0",
     "ssd_on-policy": "ours, on-policy draft, beta {beta:g}",
 }
@@ -35,6 +37,8 @@ FASTER = {  # ratio of speeds: above 1 the second system is the faster one
     "ssd0_over_ar": ("ar", "ssd0"),
     "lossless_hidden_over_ar": ("ar", "ssd0_hidden"),
     "ssd_hidden_over_ar": ("ar", "ssd_hidden"),
+    "lossless_block_over_ar": ("ar", "ssd0_block"),
+    "ssd_block_over_ar": ("ar", "ssd_block"),
     "lossless_on-policy_over_ar": ("ar", "ssd0_on-policy"),
     "ssd_on-policy_over_ar": ("ar", "ssd_on-policy"),
     "hf_assisted_over_hf_generate": ("hf_generate", "hf_assisted"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from ..decoding import rules
-from ..decoding.drafters import UNTRAINED
 from ..processes import process
 from ..speech import load
 from ..speech.sentences import Utterance
@@ -40,8 +39,8 @@ def _other_drafters(voice: Voice, p: dict) -> list[System]:
 def _each_drafter(voice: Voice, p: dict) -> list[System]:
     """Every drafter at every length, without loss and, of those that learned, at the tolerance; unscored."""
     found = []
-    for name in (None, *(name for name in voice.drafters if name != "paper"), *UNTRAINED):
-        betas = (0.0,) if name in UNTRAINED else (0.0, p["tolerance"])
+    for name in (None, *(name for name in voice.drafters if name != "paper"), *voice.untrained):
+        betas = (0.0,) if name in voice.untrained else (0.0, p["tolerance"])
         found += [System("speculative", b, n, drafter=name, scored=False) for b in betas for n in p["lengths"]]
     return found
 
@@ -59,7 +58,7 @@ def _heard(p: dict) -> list[System]:
     return [replace(AUTOREGRESSIVE, scored=bool(ssd)), *ssd]
 
 
-DRAFT_LENGTHS = {"hidden": 2, "on-policy": 3}
+DRAFT_LENGTHS = {"hidden": 2, "block": 3, "on-policy": 3}
 # (drafter, device) -> what was fastest without loss, and at the tolerance. On a CPU: on development sentences, of L_d 1
 # to 4, both verifications, and without or with adaptive drafts. On a GPU: by the prices there, where L_d 3 and 4 tie.
 FASTEST = {

@@ -14,7 +14,9 @@ TARGET, DRAFT, SSD = "0.3", PALETTE[1], PALETTE[0]
 COLOURS = {  # part of a system's name -> its colour in every figure; the first that fits
     "transformers": PALETTE[7],
     "hidden": PALETTE[2],
+    "block drafter": PALETTE[9],
     "on-policy": PALETTE[3],
+    "early-exit": PALETTE[5],
     "drafter": PALETTE[4],
     "SSD": SSD,
     "draft": DRAFT,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, first_line
 from ..files import sha256, write_bytes, write_text
+from .block_draft import BlockDraft
 from .causal import CausalLM
 from .codec import Codec, CodecConfig
 from .draft import make_draft, own_parameters, split_of
@@ -261,7 +262,8 @@ def _draft(target: SpeechLM, layers: dict[str, int], own: dict[str, Tensor], pat
 
 
 def _hidden(target: SpeechLM, sizes: dict[str, int], own: dict[str, Tensor], path: Path) -> HiddenDraft:
-    return _with_own(HiddenDraft(target, **sizes), own, path)
+    kind = BlockDraft if "slots" in sizes else HiddenDraft
+    return _with_own(kind(target, **sizes), own, path)
 
 
 def _with_own(draft: nn.Module, own: dict[str, Tensor], path: Path):
@@ -274,4 +276,4 @@ def _with_own(draft: nn.Module, own: dict[str, Tensor], path: Path):
 
 
 # Drafters of a voice folder beside the paper's; on-policy: the paper's layers, trained on what the target says itself.
-OTHERS = {"hidden": _hidden, "on-policy": _draft}
+OTHERS = {"hidden": _hidden, "block": _hidden, "on-policy": _draft}

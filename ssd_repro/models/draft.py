@@ -1,12 +1,15 @@
-"""The paper's draft: the target's bottom and top layers on the target's own parameters, and a head of its own."""
+"""Drafts on the target's own parameters: the paper's, some layers and a head of its own, and an early exit."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..decoding.drafters import LanguageModel, Session
 from ..errors import InputError
 from .causal import CausalLM
 from .speech_lm import SpeechLM
@@ -76,15 +79,14 @@ def make_draft(
     whole = isinstance(target, PreTrainedModel)
     source = target if whole else target.model
     bottom, top = draft_layers(len(layers_of(source)), depth, bottom, top)
-    draft = model = _shortened(source, bottom, top)
+    draft = model = _shortened(source, bottom, top, own=bottom)
     if whole:
         head = copy.deepcopy(target.get_output_embeddings())
         model.set_output_embeddings(head)
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     else:
-        draft = SpeechLM(model, target.speech_embedding.num_embeddings)
-        draft.speech_embedding = target.speech_embedding
+        draft = _around(model, target)
         draft.head = head = copy.deepcopy(target.head)
     draft.requires_grad_(False)
     for trained in (*layers_of(model)[:bottom], head):
@@ -92,12 +94,40 @@ def make_draft(
     return draft.train(target.training)
 
 
-def _shortened(source: PreTrainedModel, bottom: int, top: int) -> PreTrainedModel:
-    """A copy with these layers alone, whose parameters are the source's own but for the bottom layers'."""
+class EarlyExit:
+    """The target's first layers, a third, its final norm and its head as a draft: no weight is its own, none learned.
+
+    running: puts a SpeechLM on a runtime, which takes seconds where it is compiled; asked when first a sequence is
+    opened.
+    """
+
+    def __init__(self, target: SpeechLM, running: Callable[[SpeechLM], LanguageModel]) -> None:
+        self.target, self.running = target, running
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        third = sum(draft_layers(len(layers_of(self.target.model))))
+        draft = _around(_shortened(self.target.model, third, 0, own=0), self.target)
+        draft.head = self.target.head
+        return self.running(draft.eval())
+
+    def session(self) -> Session:
+        return self.lm.session()
+
+
+def _around(model: PreTrainedModel, target: SpeechLM) -> SpeechLM:
+    """A decoder as a speech model with the target's speech embedding."""
+    draft = SpeechLM(model, target.speech_embedding.num_embeddings)
+    draft.speech_embedding = target.speech_embedding
+    return draft
+
+
+def _shortened(source: PreTrainedModel, bottom: int, top: int, own: int) -> PreTrainedModel:
+    """A copy with these layers alone, whose parameters are the source's but for those of the ``own`` lowest layers."""
     layers = layers_of(source)
     count = len(layers)
-    own = {id(parameter) for parameter in layers[:bottom].parameters()}
-    shared = {id(parameter): parameter for parameter in source.parameters() if id(parameter) not in own}
+    copied = {id(parameter) for parameter in layers[:own].parameters()}
+    shared = {id(parameter): parameter for parameter in source.parameters() if id(parameter) not in copied}
     model = copy.deepcopy(source, shared)  # what its memo knows is not copied
     kept, config = layers_of(model), model.config
     del kept[bottom : count - top]

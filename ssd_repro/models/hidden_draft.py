@@ -23,21 +23,21 @@ class LowRankHead(nn.Sequential):
 
 
 class HiddenDraft(nn.Module):
-    """What ``decoding.drafters.HiddenDrafter`` asks, for a target; own: layer, head and two small matrices.
+    """What ``decoding.drafters.HiddenDrafter`` asks, for a target; own: layers, head and two small matrices.
 
-    layer: of the target's geometry; the target's hidden states come from a third, two thirds and the whole
+    layers: of the target's geometry; the target's hidden states come from a third, two thirds and the whole
     of its depth. Its speech embedding is the target's, frozen.
     """
 
-    def __init__(self, target: SpeechLM, rank: int = 128) -> None:
+    def __init__(self, target: SpeechLM, rank: int = 128, layers: int = 1) -> None:
         super().__init__()
         config, hidden = target.model.config, target.model.config.hidden_size
         self.taps, self.sizes = taps_of(target), {"rank": rank}
-        sizes = (hidden, config.intermediate_size, 1, config.num_attention_heads, config.num_key_value_heads, 1)
+        sizes = (hidden, config.intermediate_size, layers, config.num_attention_heads, config.num_key_value_heads, 1)
         places = {"max_position_embeddings": config.max_position_embeddings, "rope_parameters": config.rope_parameters}
         vocab = target.speech_embedding.num_embeddings
         self.lm = SpeechLM(small_qwen2(*sizes, **places), vocab)
-        self.lm.head, self.lm.taps = LowRankHead(hidden, min(rank, *target.head.weight.shape), vocab), (1,)
+        self.lm.head, self.lm.taps = LowRankHead(hidden, min(rank, *target.head.weight.shape), vocab), (layers,)
         self.lm.speech_embedding = target.speech_embedding
         self.reducer = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
         self.joiner = nn.Linear(2 * hidden, hidden, bias=False)
@@ -47,24 +47,35 @@ class HiddenDraft(nn.Module):
     @torch.no_grad()
     def begin_from(self, target: SpeechLM) -> HiddenDraft:
         """Where training starts: the last layer, the head's best low rank, the last depth's hidden state passed on."""
-        rank, hidden = self.lm.head[0].out_features, self.reducer.out_features
-        self.lm.model.layers[0].load_state_dict(target.model.layers[-1].state_dict())
+        (down, up), hidden = self.ends, self.reducer.out_features
+        rank = down.out_features
+        own = self.lm.model.layers
+        own.load_state_dict(target.model.layers[-len(own) :].state_dict())
         self.lm.model.norm.load_state_dict(target.model.norm.state_dict())
         u, s, v = torch.linalg.svd(target.head.weight.float(), full_matrices=False)
-        self.lm.head[0].weight.copy_(s[:rank, None].sqrt() * v[:rank])
-        self.lm.head[1].weight.copy_(u[:, :rank] * s[:rank].sqrt())
+        down.weight.copy_(s[:rank, None].sqrt() * v[:rank])
+        up.weight.copy_(u[:, :rank] * s[:rank].sqrt())
         if target.head.bias is not None:
-            self.lm.head[1].bias.copy_(target.head.bias)
+            up.bias.copy_(target.head.bias)
         self.reducer.weight.mul_(0.1)[:, -hidden:].add_(torch.eye(hidden))
         self.joiner.weight.mul_(0.1)[:, :hidden].add_(torch.eye(hidden))
         return self
 
+    @property
+    def ends(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two matrices of its head."""
+        return tuple(self.lm.head)
+
     def cast(self, precision: str) -> HiddenDraft:
         """As ``SpeechLM.cast``; the speech embedding is the target's, and changes with it."""
         self.lm.cast(precision)
-        for matrix in (self.reducer, self.joiner):
-            matrix.to(self.lm.head.weight.dtype)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.lm.head.weight.dtype)
         return self
+
+    def on(self, lm: LanguageModel) -> HiddenDraftLM:
+        """On a runtime; lm: ``self.lm`` as it decodes."""
+        return HiddenDraftLM(self, lm)
 
     def reduce(self, features: Tensor) -> Tensor:
         return self.reducer(features)

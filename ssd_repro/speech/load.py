@@ -14,7 +14,8 @@ from ..errors import InputError, check_number
 from ..files import sha256
 from ..models import checkpoints
 from ..models.cosyvoice import TEXT_MODEL, load_cosyvoice
-from ..models.hidden_draft import HiddenDraft, HiddenDraftLM
+from ..models.draft import EarlyExit
+from ..models.hidden_draft import HiddenDraft
 from ..models.runtimes import FAMILIES, choose_runtime, with_runtime
 from ..models.speech_lm import SpeechLM, choose_device
 from . import libritts
@@ -86,16 +87,19 @@ def load(
     running = partial(
         with_runtime, runtime=runtime, precision=precision, threads=threads, max_length=max_length or 1024
     )
-    drafters, hidden = {}, others.get("hidden")
-    for other in others.values():
+    drafters = {}
+    for name, other in others.items():
         other.to(device).requires_grad_(False).eval()
-    if hidden:  # before the target is compiled, for it hands out hidden states then
-        if runtime != "openvino":  # there the matrices around the layer stay in fp32, as hidden states come in it
-            hidden.cast(precision)
-        target.taps, drafters["hidden"] = hidden.taps, HiddenDraftLM(hidden, running(hidden.lm))
-    if "on-policy" in others:
-        drafters["on-policy"] = running(others["on-policy"])
-    return Voice(front, *lms, weights_id, device, tuple(map(running, lms)), drafters, precision, runtime, threads)
+        if not isinstance(other, HiddenDraft):
+            drafters[name] = running(other)
+            continue
+        if runtime != "openvino":  # there the matrices around the layers stay in fp32, as hidden states come in it
+            other.cast(precision)
+        target.taps = other.taps  # before the target is compiled: then it hands out hidden states
+        drafters[name] = other.on(running(other.lm))
+    untrained = {"early-exit": EarlyExit(target, running)}
+    how = (precision, runtime, threads, untrained)
+    return Voice(front, *lms, weights_id, device, tuple(map(running, lms)), drafters, *how)
 
 
 def _cosyvoice(

@@ -61,7 +61,8 @@ class Voice:
     """A front, a target and a draft that speak together. Made by :func:`load`.
 
     models: target and draft as they decode, themselves or in a runtime. drafters: others than the paper's by their
-    names, functions of a prefix and the target's session. threads: of torch, on the CPU.
+    names, functions of a prefix and the target's session; untrained: those that learned nothing, besides UNTRAINED.
+    threads: of torch, on the CPU.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Voice:
         precision: str = "fp32",
         runtime: str = "eager",
         threads: int = 1,
+        untrained: dict[str, LanguageModel] | None = None,
     ) -> None:
         self.front, self.target, self.draft, self.models = front, target, draft, models or (target, draft)
         self.drafters = {"paper": self.models[1], **(drafters or {})}
+        self.untrained = (untrained or {}) | UNTRAINED
         self.device, self.weights_id = torch.device(device), weights_id
         self.precision, self.runtime, self.threads, self._rules = precision, runtime, threads, {}
         self.front_end, self.names, self.sampler = front.name, front.names, front.sampler
@@ -105,7 +108,7 @@ class Voice:
         if voice not in self.names:
             more = f" and {len(self.names) - 9} more" if len(self.names) > 9 else ""
             raise InputError(f"voice {voice!r} is unknown: choose one of {', '.join(self.names[:9])}{more}")
-        if drafter not in (known := self.drafters | UNTRAINED):
+        if drafter not in (known := self.drafters | self.untrained):
             raise InputError(f"drafter {drafter!r} is not one of this voice's: choose {' or '.join(known)}")
         check_number("seed", seed, 0, 2**63 - 1, whole=True)
         how = self._decoding(temperature, rule, verification, confidence)
@@ -305,7 +308,7 @@ class Voice:
         prefix = self.prefix(piece, voice)
         clock.lap("prefill")
         target, draft = self.models
-        proposing = (self.drafters | UNTRAINED)[drafter] if method == "speculative" else None
+        proposing = (self.drafters | self.untrained)[drafter] if method == "speculative" else None
         result = yield from stream(draft if method == "draft" else target, proposing, prefix, config, generator)
         prefill = result.seconds["prefill"] + clock.seconds()["prefill"]
         return replace(result, seconds=result.seconds | {"prefill": prefill})

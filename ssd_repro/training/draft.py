@@ -19,6 +19,7 @@ from ..models import checkpoints
 from ..models.draft import make_draft, split_of
 from ..models.hidden_draft import HiddenDraft
 from ..models.speech_lm import SpeechLM
+from .block import BlockTask
 from .data import Example, flat, hold_out
 from .deployed import Target, load_target, sample
 from .hidden import HiddenTask
@@ -34,7 +35,8 @@ RECIPES = {"paper": "ce", "on-policy": "kl"}
 # ce: of the data's tokens (Eq. 7). kl: KL(q || p), from what the target samples from, top-k, top-p and RAS
 # included, to the draft's softmax. Both in nats. tv: ``loop.divergence`` of the same.
 LOSSES = ("ce", "kl", "tv")
-DRAFTERS = ("paper", "hidden")
+BY_HIDDEN_STATES = {"hidden": HiddenTask, "block": BlockTask}
+DRAFTERS = ("paper", *BY_HIDDEN_STATES)
 
 
 def loss_of(recipe: str, loss: str) -> str:
@@ -106,9 +108,9 @@ def train_draft(
     done; the same call goes on from there. InputError if it holds another run.
     """
     check_choice("drafter", drafter, DRAFTERS)
-    if loss and drafter == "hidden":
-        raise InputError(f"loss is {loss!r}; a hidden-state drafter has one of its own: leave loss empty")
-    loss = "" if drafter == "hidden" else loss_of(recipe, loss)
+    if loss and drafter != "paper":
+        raise InputError(f"loss is {loss!r}; a {drafter} drafter has one of its own: leave loss empty")
+    loss = loss_of(recipe, loss) if drafter == "paper" else ""
     out, accelerator = Path(out), accelerator or processes()
     facts = {"recipe": recipe, "loss": loss, "drafter": drafter, "target": checkpoints.weights_sha256(target.lm)}
     facts["until"] = settings.until  # a draft that is done does not go on
@@ -123,7 +125,7 @@ def train_draft(
     if done := agree(accelerator, lambda: (out / "draft.json").exists() and finished()):
         return done
     target.lm.to(accelerator.device).eval()
-    task = HiddenTask(target, begin) if drafter == "hidden" else DraftTask(target, loss, begin)
+    task = DraftTask(target, loss, begin) if drafter == "paper" else BY_HIDDEN_STATES[drafter](target, begin)
     rows = run_training(task, learned, dev, settings, out, facts, accelerator, log)
     if accelerator.is_main_process:
         about = {"identity": ours, "settings": asdict(settings), "processes": accelerator.num_processes}

@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
@@ -27,16 +27,21 @@ PASSES = 4  # one more than the paper's L_d
 class HiddenTask(Task):
     """A HiddenDraft on a frozen target: towards what the target samples from, by ``loop.divergence``."""
 
-    def __init__(self, target: Target, begin: HiddenDraft | None = None):
-        """begin: a drafter of this target whose weights are gone on from; None: ``HiddenDraft.begin_from``."""
+    kind, name, decay = HiddenDraft, "hidden", 1.0  # decay: what a pass counts, over the one before
+
+    def __init__(self, target: Target, begin: HiddenDraft | None = None, **sizes: int):
+        """begin: a drafter of this target whose weights are gone on from; None: ``HiddenDraft.begin_from``.
+
+        sizes: of the drafter, if it does not go on from another.
+        """
         super().__init__()
         if not isinstance(target.lm, SpeechLM):
-            raise InputError(f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there")
+            raise InputError(f"drafter is {self.name!r}; of {type(target.lm.model).__name__} only the paper's is there")
         if not isinstance(target.lm.model, Qwen2Model):
             kind = type(target.lm.model).__name__
-            raise InputError(f"drafter is 'hidden', of Qwen2 layers; of {kind} only the paper's is there")
+            raise InputError(f"drafter is {self.name!r}, of Qwen2 layers; of {kind} only the paper's is there")
         target.lm.requires_grad_(False)
-        self.target, self.draft = target, HiddenDraft(target.lm)
+        self.target, self.draft = target, self.kind(target.lm, **(begin.sizes if begin else sizes))
         if begin is None:
             self.draft.begin_from(target.lm)
         else:
@@ -50,47 +55,62 @@ class HiddenTask(Task):
             with torch.no_grad():
                 hidden, features = self.target.lm.hidden(batch.embedded)
                 q = self.target.lm.head(hidden[batch.at]).float()  # (N, V)
-            outputs = unrolled(self.draft, features, batch.embedded, PASSES)
-            made = [self.draft.lm.head(output[batch.at[:, 1:]]).float() for output in outputs]  # (N, V) each
+            made = [logits.float() for logits in self.made(features, batch.embedded, batch.at[:, 1:])]  # (N, V) each
         q = self.target.deployed(q, batch.history)
         if not self.training:
             drafted = [self.target.deployed(logits, batch.history) for logits in made]
             accepted = {f"acceptance_{k}": overlap(p, q) for k, p in enumerate(drafted, 1)}
             return {"loss": 1 - torch.stack(list(accepted.values())).mean(), **accepted}
-        return {"loss": torch.stack([divergence(logits / self.target.temperature, q) for logits in made]).mean()}
+        terms = torch.stack([divergence(logits / self.target.temperature, q) for logits in made])
+        weights = self.decay ** torch.arange(len(made), device=terms.device)
+        return {"loss": (terms * weights).sum() / weights.sum()}
+
+    def made(self, features: Tensor, embedded: Tensor, at: Tensor) -> list[Tensor]:
+        """Logits (N, V) of each pass where ``at`` (B, T - 1), of the positions that ``unrolled`` has, says so."""
+        return [self.draft.lm.head(output[at]) for output in unrolled(self.draft, features, embedded, PASSES)]
 
 
-def unrolled(draft: HiddenDraft, features: Tensor, embedded: Tensor, passes: int) -> list[Tensor]:
+def unrolled(
+    draft: HiddenDraft, features: Tensor, embedded: Tensor, passes: int, masks: Tensor | None = None
+) -> list[Tensor]:
     """Outputs (B, T - 1, hidden) of each pass, from the target's features (B, T, F) and inputs (B, T, hidden).
 
     Position i foresees what stands at i + 2. In pass k (from 0) it is k tokens ahead of the target: it sees
     the first pass up to i - k, and of pass j > 0 the position i - k + j, as the drafter's cache holds them then.
+    masks (passes - 1, hidden): what each pass but the first is fed with, in place of the output of the one before.
     """
-    layer, model, after = draft.lm.model.layers[0], draft.lm.model, embedded[:, 1:]
-    attention, length = layer.self_attn, embedded.shape[1] - 1
-    places = torch.arange(length, device=embedded.device)
-    angles = model.rotary_emb(embedded, places[None])
-    given, keys, values, made = draft.reduce(features[:, :-1]), [], [], []
+    model, after = draft.lm.model, embedded[:, 1:]
+    angles = model.rotary_emb(embedded, torch.arange(after.shape[1], device=embedded.device)[None])
+    given, made, caches = draft.reduce(features[:, :-1]), [], [([], []) for _ in model.layers]
     for k in range(passes):
-        x = draft.join(given, after)
-        normed = layer.input_layernorm(x)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        query, key, value = (f(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for f in projections)
-        query, key = apply_rotary_pos_emb(query, key, *angles)
-        keys.append(repeat_kv(key, attention.num_key_value_groups))
-        values.append(repeat_kv(value, attention.num_key_value_groups))
-        unseen = places[None, :] > places[:, None] - k
-        scores = (query @ keys[0].mT).masked_fill(unseen, -math.inf)
-        own = [(query * _later(keys[j], k - j)).sum(-1, keepdim=True) for j in range(1, k + 1)]
-        weights = (torch.cat((scores, *own), -1) * attention.scaling).float().softmax(-1).to(x.dtype)
-        seen = weights[..., :length] @ values[0]
-        for j in range(1, k + 1):
-            seen = seen + weights[..., length + j - 1, None] * _later(values[j], k - j)
-        x = x + attention.o_proj(seen.transpose(1, 2).flatten(2))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = draft.join(given, after) if masks is None or not k else masks[k - 1].to(given.dtype).expand_as(given)
+        for layer, (keys, values) in zip(model.layers, caches, strict=True):
+            x = _ahead(layer, x, angles, keys, values)
         made.append(model.norm(x))
-        given = torch.cat((given[:, :1], made[-1][:, :-1]), 1)
+        if masks is None:
+            given = torch.cat((given[:, :1], made[-1][:, :-1]), 1)
     return made
+
+
+def _ahead(layer: nn.Module, x: Tensor, angles: tuple, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """A layer of the next pass of ``unrolled``, (B, T, hidden); keys and values of a pass are added to the lists."""
+    attention, length, k = layer.self_attn, x.shape[1], len(keys)
+    places = torch.arange(length, device=x.device)
+    normed = layer.input_layernorm(x)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (f(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for f in projections)
+    query, key = apply_rotary_pos_emb(query, key, *angles)
+    keys.append(repeat_kv(key, attention.num_key_value_groups))
+    values.append(repeat_kv(value, attention.num_key_value_groups))
+    unseen = places[None, :] > places[:, None] - k
+    scores = (query @ keys[0].mT).masked_fill(unseen, -math.inf)
+    own = [(query * _later(keys[j], k - j)).sum(-1, keepdim=True) for j in range(1, k + 1)]
+    weights = (torch.cat((scores, *own), -1) * attention.scaling).float().softmax(-1).to(x.dtype)
+    seen = weights[..., :length] @ values[0]
+    for j in range(1, k + 1):
+        seen = seen + weights[..., length + j - 1, None] * _later(values[j], k - j)
+    x = x + attention.o_proj(seen.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def _later(x: Tensor, count: int) -> Tensor:

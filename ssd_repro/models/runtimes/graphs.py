@@ -264,7 +264,7 @@ class _Recorded(Blocks):
 
         def block() -> tuple[Tensor, Tensor]:
             drafted, p = drafter.propose(self.tape, count, self.generator)
-            return drafted, self.kept.p[:count].copy_(p)
+            return drafted, self.kept.p[: len(p)].copy_(p)
 
         rows = None if drafter.ready is None else drafter.ready.shape[1]
         key = (own.cache, count, self.session.length - own.length, rows)
