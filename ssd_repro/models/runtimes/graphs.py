@@ -23,11 +23,12 @@ from ...decoding.result import DecodeConfig
 from ...decoding.sampling import Sampler, probabilities
 from ...decoding.speculative import Blocks
 from ...errors import InputError, check_number
-from ..batch_session import blank_caches
 from ..speech_lm import Session, SpeechLM
+from .fused import FusedDecoder
 
 LONGEST = 64  # tokens of a draft
 WINDOW = 1000  # of RAS, at most
+PADDED = 64  # positions: a recorded prefill is of a multiple of them
 
 
 class StaticLM:
@@ -38,9 +39,9 @@ class StaticLM:
     price of a draft length would be that of another one.
 
     record: each block of a round as a CUDA graph, recorded when it first comes (a second or less); by default where
-    the model is on a GPU. Other samplers than a ``Sampler``, other rules than the tolerance and adaptive drafts run
-    as they stand; so does the prefill. Call ``lm.to(device)`` and ``lm.cast`` before. InputError if max_length is
-    out of range.
+    the model is on a GPU. A prefill is recorded, too, padded to a multiple of PADDED positions. Other samplers than a
+    ``Sampler``, other rules than the tolerance and adaptive drafts run as they stand. Call ``lm.to(device)`` and
+    ``lm.cast`` before. InputError if max_length is out of range.
     """
 
     def __init__(self, lm: SpeechLM, max_length: int, record: bool | None = None) -> None:
@@ -49,7 +50,7 @@ class StaticLM:
             raise InputError(
                 f"runtime graphs knows Qwen2 decoders, not {type(lm.model).__name__}: choose runtime eager"
             )
-        self.lm, self.max_length = lm, max_length
+        self.lm, self.max_length, self.decoder = lm, max_length, FusedDecoder(lm.model, lm.taps)
         self.record = lm.head.weight.is_cuda if record is None else record
         self._free: list[FixedCache] = []
 
@@ -67,7 +68,7 @@ class StaticLM:
             found = self._free.pop()  # atomic: threads may share a model
         except IndexError:
             return FixedCache(self.lm, self.max_length)
-        for tensor in (*found.keys, *found.values, found.at):
+        for tensor in (*found.layers, found.at):
             tensor.zero_()
         return found
 
@@ -76,18 +77,25 @@ class StaticLM:
 
 
 class FixedCache:
-    """Keys and values, per layer (1, kv heads, cells, head size), at addresses that stay.
+    """Keys and values, per layer (cells, 2 x kv heads, head size), keys first, at addresses that stay.
 
-    at (1,): the position that a recording counts from; recordings: of blocks over this cache.
+    keys, values: views of them in transformers' order, (1, kv heads, cells, head size). at (1,): the position that a
+    recording counts from; recordings: of blocks over this cache; prefills: recorded ones, by their padded length.
     """
 
     def __init__(self, lm: SpeechLM, cells: int) -> None:
         device = lm.head.weight.device
         with torch.inference_mode(False):  # of one kind, wherever a session is opened
-            self.keys, self.values = blank_caches(lm, 1, cells)
-            self.cells = torch.arange(cells, device=device)
+            self.layers = blank_layers(lm, cells)
+            both = [layer.transpose(0, 1)[None].chunk(2, 1) for layer in self.layers]
+            self.keys, self.values = ([pair[side] for pair in both] for side in (0, 1))
             self.at = torch.zeros(1, dtype=torch.int64, device=device)
         self.recordings: Recordings | None = None
+        self.prefills: dict[int, Prefill] = {}
+
+    @property
+    def cells(self) -> int:
+        return len(self.layers[0])
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """transformers' protocol, for the prefill: store, and attend to what was given."""
@@ -97,19 +105,6 @@ class FixedCache:
 
     def crop(self, _: int) -> None:
         """Nothing to do: the session's length is the position."""
-
-
-class _Writer:
-    """transformers' cache protocol, after the prefill: store at ``positions``, attend to all cells."""
-
-    def __init__(self, cache: FixedCache, positions: Tensor) -> None:
-        self.cache, self.positions = cache, positions
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(2, self.positions, key)
-        values.index_copy_(2, self.positions, value)
-        return keys, values
 
 
 class StaticSession(Session):
@@ -141,29 +136,59 @@ class StaticSession(Session):
         return super().extend(tokens)
 
     def _feed(self, embeddings: Tensor) -> Tensor:
-        n, lm, cache = embeddings.shape[1], self.lm, self.cache
+        n, cache = embeddings.shape[1], self.cache
         if self.length + n > self.model.max_length:
             raise InputError(
                 f"the sequence needs {self.length + n} positions and the static cache has "
                 f"{self.model.max_length}: make max_length larger."
             )
         if not self.length:
-            return super()._feed(embeddings)
+            return self._prefilled(embeddings) if self.model.record else super()._feed(embeddings)
         positions = cache.at + torch.arange(n, device=cache.at.device) + (self.length - self.base)
-        made = lm.model(
-            inputs_embeds=embeddings,
-            attention_mask={"full_attention": (cache.cells <= positions[:, None])[None, None]},
-            position_ids=positions[None],
-            past_key_values=_Writer(cache, positions),
-            use_cache=True,
-            output_hidden_states=bool(lm.taps),
-        )
+        hidden, self.features = self.model.decoder(embeddings, positions, cache.layers)
         self.length += n
-        self.features = torch.cat([made.hidden_states[tap] for tap in lm.taps], -1) if lm.taps else None
-        return made.last_hidden_state
+        return hidden
+
+    def _prefilled(self, embeddings: Tensor) -> Tensor:
+        """By a recording for this length, rounded up; what the padding leaves behind lies beyond the position."""
+        n, cache = embeddings.shape[1], self.cache
+        padded = min(-(-n // PADDED) * PADDED, cache.cells)
+        if padded not in cache.prefills:
+            cache.prefills[padded] = Prefill(self.lm, cache, padded)
+        hidden, features = cache.prefills[padded].play(embeddings)
+        self.length, self.features = n, features
+        return hidden
+
+
+def blank_layers(lm: SpeechLM, cells: int) -> list[Tensor]:
+    """Zeros, for each layer (cells, 2 x kv heads, head size)."""
+    config, weight = lm.model.config, lm.head.weight
+    shape = cells, 2 * config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    return [weight.new_zeros(shape) for _ in lm.model.layers]
 
 
 # ------------------------------------------------------------------------------- recording
+
+
+class Prefill:
+    """A prefill of ``padded`` positions over one cache, recorded: it reads and leaves all at addresses that stay."""
+
+    def __init__(self, lm: SpeechLM, cache: FixedCache, padded: int) -> None:
+        self.given = lm.head.weight.new_zeros(1, padded, lm.model.config.hidden_size)
+
+        def block() -> tuple[Tensor, Tensor | None]:
+            session = Session(lm, cache)
+            return session._feed(self.given), session.features
+
+        self.replay, self.output = capture(block, [])
+
+    def play(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(1, n, hidden) -> the last layer's (1, n, hidden), and the features; the next call writes over them."""
+        n = embeddings.shape[1]
+        self.given.zero_()[:, :n].copy_(embeddings)
+        self.replay()
+        hidden, features = self.output
+        return hidden[:, :n], features if features is None else features[:, :n]
 
 
 class Recordings:
@@ -220,7 +245,7 @@ class _Recorded(Blocks):
     ) -> None:
         cache = session.cache
         if cache.recordings is None:
-            cache.recordings = Recordings(len(cache.cells), logits.shape[-1], logits.device)
+            cache.recordings = Recordings(cache.cells, logits.shape[-1], logits.device)
         self.session, self.config, self.kept, self.given = session, config, cache.recordings, generator
         self.tape = PlacedTape.empty(config, logits).of(self.kept)
         self.generator = self.kept.generator
@@ -291,9 +316,11 @@ class Recording:
         return self.output
 
 
-def capture(block: Callable, holders: list, generator: torch.Generator) -> tuple[Callable[[], None], object]:
+def capture(
+    block: Callable, holders: list, generator: torch.Generator | None = None
+) -> tuple[Callable[[], None], object]:
     """``block`` as a CUDA graph -> its replay, and the output that a replay fills; first it is run once, to warm up."""
-    before, state = [dict(vars(holder)) for holder in holders], generator.get_state()
+    before, state = [dict(vars(holder)) for holder in holders], generator and generator.get_state()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -301,9 +328,10 @@ def capture(block: Callable, holders: list, generator: torch.Generator) -> tuple
     torch.cuda.current_stream().wait_stream(aside)
     for holder, old in zip(holders, before, strict=True):
         vars(holder).update(old)
-    generator.set_state(state)
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
+    if generator:
+        generator.set_state(state)
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         output = block()
     return graph.replay, output
