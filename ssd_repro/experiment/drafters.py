@@ -18,6 +18,7 @@ LOGS = {
     "hidden-state, on the teacher's speech": ("hidden_log_second_run", "dev_acceptance_1"),
     "hidden-state, on the target's own": ("hidden_log_on_policy", "dev_acceptance_1"),
     "hidden-state, on the present target's": ("hidden_log_own_speech", "dev_acceptance_1"),
+    "block, on the present target's": ("block_log_own_speech", "dev_acceptance_1"),
     "on-policy draft": ("on_policy_log", "dev_acceptance"),
     "on-policy draft, of the present target": ("on_policy_log_own_speech", "dev_acceptance"),
     "paper's draft, of the present target": ("draft_log_own_speech", "dev_acceptance"),

@@ -107,7 +107,7 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
             passes = task.made(features, whole, everywhere)
             for k, row in enumerate(p):
                 expected = passes[k][PREFIX.shape[1] + size + k - 2].softmax(-1)
-                torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-3)
+                torch.testing.assert_close(row, expected, atol=1e-4, rtol=5e-3)
 
 
 @pytest.mark.parametrize("verification", ["token", "block"])
