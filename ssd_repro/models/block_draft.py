@@ -19,7 +19,7 @@ class BlockDraft(HiddenDraft):
 
     def __init__(self, target: SpeechLM, rank: int = 128, layers: int = 2, slots: int = 6) -> None:
         """slots: tokens of a block, at most."""
-        super().__init__(target, rank, layers)
+        super().__init__(target, rank=rank, layers=layers)
         self.sizes |= {"layers": layers, "slots": slots}
         (self.lm.head, self.up), hidden = self.lm.head, self.reducer.out_features
         rank = self.lm.head.out_features
