@@ -11,12 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
-from ..errors import InputError
 from ..models.hidden_draft import HiddenDraft
-from ..models.speech_lm import SpeechLM
 from .data import Example
 from .deployed import Target
 from .loop import Task, divergence, overlap
@@ -30,11 +27,6 @@ class HiddenTask(Task):
     def __init__(self, target: Target, begin: HiddenDraft | None = None):
         """begin: a drafter of this target whose weights are gone on from; None: ``HiddenDraft.begin_from``."""
         super().__init__()
-        if not isinstance(target.lm, SpeechLM):
-            raise InputError(f"drafter is 'hidden'; of {type(target.lm.model).__name__} only the paper's is there")
-        if not isinstance(target.lm.model, Qwen2Model):
-            kind = type(target.lm.model).__name__
-            raise InputError(f"drafter is 'hidden', of Qwen2 layers; of {kind} only the paper's is there")
         target.lm.requires_grad_(False)
         self.target, self.draft = target, HiddenDraft(target.lm)
         if begin is None:
@@ -46,15 +38,16 @@ class HiddenTask(Task):
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """The loss; evaluating, "acceptance_k" of pass k: mean of sum min(p, q) of what is sampled from."""
         batch = self.target.collate(items)
+        foreseen = batch.at.nonzero()[:, 1] > 0  # what follows a prompt of one token is not
+        history = batch.history[foreseen]
         with self.autocast():
             with torch.no_grad():
-                hidden, features = self.target.lm.hidden(batch.embedded)
-                q = self.target.lm.head(hidden[batch.at]).float()  # (N, V)
+                q, features = self.target.lm.with_features(batch.embedded, batch.at)
             outputs = unrolled(self.draft, features, batch.embedded, PASSES)
             made = [self.draft.lm.head(output[batch.at[:, 1:]]).float() for output in outputs]  # (N, V) each
-        q = self.target.deployed(q, batch.history)
+        q = self.target.deployed(q[foreseen].float(), history)
         if not self.training:
-            drafted = [self.target.deployed(logits, batch.history) for logits in made]
+            drafted = [self.target.deployed(logits, history) for logits in made]
             accepted = {f"acceptance_{k}": overlap(p, q) for k, p in enumerate(drafted, 1)}
             return {"loss": 1 - torch.stack(list(accepted.values())).mean(), **accepted}
         return {"loss": torch.stack([divergence(logits / self.target.temperature, q) for logits in made]).mean()}

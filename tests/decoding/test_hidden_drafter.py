@@ -83,7 +83,7 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
     for tokens, size, p in rounds:
         whole = torch.cat((PREFIX, TARGET.speech_embedding(tokens[None])), 1)
         with torch.no_grad():
-            _, features = TARGET.hidden(whole)
+            _, features = TARGET.with_features(whole)
             passes = unrolled(DRAFT, features, whole, len(p))
             for k, row in enumerate(p):
                 place = PREFIX.shape[1] + size + k - 2

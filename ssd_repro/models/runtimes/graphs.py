@@ -24,7 +24,7 @@ from ...decoding.sampling import Sampler, probabilities
 from ...decoding.speculative import Blocks
 from ...errors import InputError, check_number
 from ..batch_session import blank_caches
-from ..speech_lm import Session, SpeechLM
+from ..speech_lm import Session, SpeechLM, features_at
 
 LONGEST = 64  # tokens of a draft
 WINDOW = 1000  # of RAS, at most
@@ -159,7 +159,7 @@ class StaticSession(Session):
             output_hidden_states=bool(lm.taps),
         )
         self.length += n
-        self.features = torch.cat([made.hidden_states[tap] for tap in lm.taps], -1) if lm.taps else None
+        self.features = features_at(lm.taps, made.hidden_states)
         return made.last_hidden_state
 
 
