@@ -5,12 +5,14 @@ from itertools import product
 
 import pytest
 import torch
+from tiny_models import tiny
 from toys import generator, p_value
 
 from ssd_repro.decoding.drafters import HiddenDrafter, Tape
 from ssd_repro.decoding.result import DecodeConfig
 from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.decoding.speculative import autoregressive, speculative
+from ssd_repro.models.causal import CausalLM
 from ssd_repro.models.families import small_qwen2
 from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
 from ssd_repro.models.runtimes.openvino import OpenVINOLM
@@ -26,19 +28,27 @@ def made(vocab=40, scale=0.3):
     for parameter in target.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=scale)
+    return with_draft(target)
+
+
+def with_draft(target):
     draft = HiddenDraft(target, rank=16).begin_from(target).eval().requires_grad_(False)
     target.taps = draft.taps
     return target, draft
 
 
 TARGET, DRAFT = made()
-RUNTIMES = {"eager": lambda lm: lm, "openvino": lambda lm: OpenVINOLM(lm, 1)}
+CAUSAL = {"hidden_size": 32, "vocab": 40, "max_position_embeddings": 128, "initializer_range": 0.5}
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+@pytest.fixture(scope="module", params=["eager", "openvino", "gemma3", "gpt_neox"])
 def models(request):
-    run = RUNTIMES[request.param]
-    return run(TARGET), HiddenDraftLM(DRAFT, run(DRAFT.lm))
+    """Target and drafter: a SpeechLM on two runtimes, and causal models of transformers, one with a window of 4."""
+    if request.param == "openvino":
+        return OpenVINOLM(TARGET, 1), HiddenDraftLM(DRAFT, OpenVINOLM(DRAFT.lm, 1))
+    causal = request.param != "eager"
+    target, draft = with_draft(CausalLM(tiny(request.param, **CAUSAL))) if causal else (TARGET, DRAFT)
+    return target, HiddenDraftLM(draft, draft.lm)
 
 
 @pytest.mark.parametrize("draft_length", [1, 3, 6])
@@ -61,6 +71,7 @@ def test_greedy_tokens_are_the_targets(models, draft_length, monkeypatch):
 def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(models, confidence):
     """After rounds of every kind, p is that of the unrolled passes of training over the whole sequence."""
     target, draft = models
+    plain = target.lm if isinstance(target, OpenVINOLM) else target
     sampler, drafters = Sampler(top_k=0, top_p=1.0, ras=False), []
 
     class Watched(HiddenDrafter):
@@ -81,13 +92,13 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
     assert (len({len(p) for _, _, p in rounds[:-4]}) > 1) == (confidence > 0)  # the last are cut by max_tokens
     assert {r.accepted for r in result.rounds} >= {0, 1} and len(rounds) > 8
     for tokens, size, p in rounds:
-        whole = torch.cat((PREFIX, TARGET.speech_embedding(tokens[None])), 1)
+        whole = torch.cat((PREFIX, plain.speech_embedding(tokens[None])), 1)
         with torch.no_grad():
-            _, features = TARGET.with_features(whole)
-            passes = unrolled(DRAFT, features, whole, len(p))
+            _, features = plain.with_features(whole)
+            passes = unrolled(draft.draft, features, whole, len(p))
             for k, row in enumerate(p):
                 place = PREFIX.shape[1] + size + k - 2
-                expected = DRAFT.lm.head(passes[k][0, place]).softmax(-1)
+                expected = draft.draft.lm.head(passes[k][0, place]).softmax(-1)
                 torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-3)
 
 
