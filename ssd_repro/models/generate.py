@@ -143,9 +143,10 @@ def _argument_of_generate(name: str):
 
 def _check_models(model: PreTrainedModel, draft: PreTrainedModel | HiddenDraft | None) -> None:
     if not isinstance(draft, (PreTrainedModel, HiddenDraft)):
-        raise InputError(f"assistant_model is {type(draft).__name__}; it must be the draft, a model of transformers.")
+        found = type(draft).__name__
+        raise InputError(f"assistant_model is {found}; it must be a model of transformers, or what load_draft reads.")
     hidden = isinstance(draft, HiddenDraft)
-    for name, one in (("the model", model), *(() if hidden else (("assistant_model", draft),))):
+    for name, one in {"the model": model, **({} if hidden else {"assistant_model": draft})}.items():
         if one.config.is_encoder_decoder or one._is_stateful or not one.can_generate():
             raise InputError(
                 f"{name} is {type(one).__name__}; it must be a decoder-only model that can be rolled back."

@@ -140,7 +140,7 @@ def _layer_like(config) -> dict:
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "vocab": 1,
         "head_dim": getattr(config, "head_dim", None) or hidden // heads,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None) or 32_768,
         "rope_parameters": known if rope.get("rope_type") in TURNING else None,  # Gemma's are of each kind of layer
     }
 

@@ -142,11 +142,25 @@ def test_training_logits_are_the_models(world):
     assert batch.labels.tolist() == [i for one in examples for i in [*one.speech.tolist(), EOS]]
 
 
-def test_the_command(world, tmp_path, capsys):
+@pytest.mark.parametrize("drafter, left", [("paper", "model.safetensors"), ("hidden", "draft.safetensors")])
+def test_the_command(world, drafter, left, tmp_path, capsys):
     folders = ["--target", str(world / "target"), "--data", str(world / "data"), "--out", str(tmp_path)]
-    options = ["--steps", "2", "--batch", "4", "--held-out", "2", "--precision", "fp32", "--device", "cpu"]
+    options = [
+        "--drafter",
+        drafter,
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--held-out",
+        "2",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
     assert cli.main(["train-draft", *folders, *options]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'draft.json'}\n" and (tmp_path / "config.json").is_file()
+    assert capsys.readouterr().out == f"{tmp_path / 'draft.json'}\n" and (tmp_path / left).is_file()
 
 
 def test_bad_targets_say_so(world, tmp_path):
