@@ -175,11 +175,12 @@ class HiddenDrafter(Stepwise):
     """
 
     def __init__(self, model: HiddenModel, prefix: Tensor, target: Session) -> None:
-        """Prefills with prefix (1, T, hidden), T >= 2, which ``target`` has just been prefilled with."""
+        """Prefills with prefix (1, T, hidden), which ``target`` has just been prefilled with; T = 1 leaves nothing."""
         self.model, self.target = model, target
         features = model.reduce(target.features)
-        self.session, self.calls = model.open(), 1
-        self.session.feed(model.join(features[:, :-1], prefix[:, 1:]))
+        self.session, self.calls = model.open(), int(prefix.shape[1] > 1)
+        if self.calls:
+            self.session.feed(model.join(features[:, :-1], prefix[:, 1:]))
         self.ready, self.known, self.size = features[:, -1:], self.session.length, 0
 
     def step(self, tape: Tape, position: int) -> Tensor:

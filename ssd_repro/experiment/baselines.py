@@ -1,4 +1,4 @@
-"""What people would use instead: our models in transformers' own classes, and three ways to decode with them.
+"""What people would use instead: our models in transformers' own classes, and ways to decode with them.
 
 Assisted generation cannot begin from ``inputs_embeds``: transformers 5.23 hands them to the draft at every round, which
 then reads the prompt's last embeddings in place of the new tokens. So the exported models take ids alone.
@@ -18,6 +18,7 @@ from ..decoding.result import DecodeConfig
 from ..decoding.sampling import Sampler, probabilities
 from ..errors import InputError
 from ..models.generate import speculative_generate
+from ..models.hidden_draft import HiddenDraft
 from ..models.speech_lm import SpeechLM
 
 ROOM = 2048  # positions of the longest prompt
@@ -38,6 +39,13 @@ def export(lm: SpeechLM) -> Qwen2ForCausalLM:
     made.model = copy.deepcopy(lm.model, {id(parameter): parameter for parameter in lm.model.parameters()})
     table = torch.cat((lm.speech_embedding.weight.detach(), lm.head.weight.new_zeros(ROOM, hidden)))
     made.model.embed_tokens, made.lm_head = nn.Embedding.from_pretrained(table), lm.head
+    return made.eval()
+
+
+def export_hidden(draft: HiddenDraft, target: Qwen2ForCausalLM) -> HiddenDraft:
+    """A hidden-state drafter for its target's ``export``, on the same parameters but for that table of embeddings."""
+    made = copy.deepcopy(draft, {id(parameter): parameter for parameter in draft.parameters()})
+    made.lm.speech_embedding = target.get_input_embeddings()
     return made.eval()
 
 
@@ -68,14 +76,18 @@ class Law(LogitsProcessor):
 
 
 class Transformers:
-    """``generate`` with an exported target: alone, assisted by an exported draft, or by our loop with that draft.
+    """``generate`` with an exported target: alone, assisted by an exported draft, or by our loop with a draft.
 
-    compile: forwards by torch.compile with dynamic shapes; the caches grow, as in transformers' own loop.
+    hidden: a hidden-state drafter, for our loop alone. compile: forwards by torch.compile with dynamic shapes; the
+    caches grow, as in transformers' own loop.
     """
 
-    def __init__(self, target: SpeechLM, draft: SpeechLM, compile: bool = False) -> None:
+    def __init__(
+        self, target: SpeechLM, draft: SpeechLM, hidden: HiddenDraft | None = None, compile: bool = False
+    ) -> None:
         logging.set_verbosity_error()  # it warns of every setting that is not its default
         self.target, self.draft = export(target), export(draft)
+        self.hidden = hidden and export_hidden(hidden, self.target)
         for model in (self.target, self.draft) if compile else ():
             model.forward = torch.compile(model.forward, dynamic=True, isolate_recompiles=True)
 
@@ -85,12 +97,14 @@ class Transformers:
         return prompt(self.target, prefix)
 
     @torch.inference_mode()
-    def decode(self, ids: Tensor, config: DecodeConfig, seed: int, assisted: bool, custom: str = "") -> list[int]:
+    def decode(
+        self, ids: Tensor, config: DecodeConfig, seed: int, assisted: bool, custom: str = "", drafter: str = "paper"
+    ) -> list[int]:
         """The new tokens, a stop token at their end included.
 
         config: as ours, its sampler without RAS. assisted: by the draft, draft_length tokens in each round; what
         transformers adapts by default (their number, a threshold of the draft's confidence) stays put. custom: the
-        same through ``speculative_generate``, on this runtime of its.
+        same through ``speculative_generate``, on this runtime of its. drafter: "hidden" is for ``custom`` alone.
         """
         settings = GenerationConfig(
             max_new_tokens=config.max_tokens,
@@ -105,7 +119,7 @@ class Transformers:
             num_assistant_tokens_schedule="constant",
             assistant_confidence_threshold=0.0,
         )
-        assistant = {"assistant_model": self.draft} if assisted else {}
+        assistant = {"assistant_model": self.hidden if drafter == "hidden" else self.draft} if assisted else {}
         if custom:
             assistant |= {"custom_generate": speculative_generate, "tolerance": config.tolerance}
             assistant |= {"draft_length": config.draft_length, "runtime": custom}

@@ -40,7 +40,10 @@ class Contender:
 
 
 def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> list[Contender]:
-    """transformers' three; ours, and our loop in transformers, on ``runtime`` and on eager; other ``drafters``."""
+    """transformers' three; ours, and our loop in transformers, on ``runtime`` and on eager; other ``drafters``.
+
+    The hidden-state drafter is in transformers on eager forwards alone, and without loss: as assisted generation is.
+    """
     theirs = {"": THEIRS[0]} | ({"_compiled": THEIRS[1]} if compile else {})
     ours = {"": runtime} | ({"_eager": "eager"} if runtime != "eager" else {})
     custom = {"": THEIRS[2], "_eager": THEIRS[0]} if runtime == "openvino" else {"": THEIRS[0]}
@@ -48,6 +51,8 @@ def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> li
     kinds += [("ar", None, ours), ("ssd0", 0.0, ours), ("ssd", tolerance, ours)]
     found = [Contender(name + end, run, beta) for name, beta, runs in kinds for end, run in runs.items()]
     others = [(name, beta, drafter) for drafter in drafters for name, beta in (("ssd0", 0.0), ("ssd", tolerance))]
+    if "hidden" in drafters:
+        found.append(Contender(f"{CUSTOM}_hidden", THEIRS[0], 0.0, "hidden"))
     return found + [Contender(f"{name}_{drafter}", runtime, beta, drafter) for name, beta, drafter in others]
 
 
@@ -90,8 +95,9 @@ class Bench:
     def __init__(self, voice, tolerance: float, draft_length: int, longest: int, compile: bool) -> None:
         self.voice, self.device, self.longest, self.warm = voice, voice.device, longest, False
         drafters = [name for name in voice.drafters if name != "paper"]
+        hidden = voice.drafters["hidden"].draft if "hidden" in drafters else None
         self.systems = contenders(voice.runtime, tolerance, compile, drafters)
-        self.theirs = cache(partial(Transformers, voice.target, voice.draft))  # made when first asked for
+        self.theirs = cache(partial(Transformers, voice.target, voice.draft, hidden))  # made when first asked for
         # transformers bans by a mask, all stop tokens or none; RAS is left out, for nobody else has it.
         sampler = replace(voice.sampler, ras=False, bans_by_mask=True)
         self.common = {"sampler": sampler, "draft_length": draft_length, "banned_ids": None}
@@ -131,7 +137,8 @@ class Bench:
                 began = _now(self.device)
                 custom = contender.system.startswith(CUSTOM)
                 runtime = "openvino" if contender.runtime == THEIRS[2] else "eager"
-                tokens += len(theirs.decode(ids, config, seed, assisted, runtime if custom else ""))
+                how = (runtime, contender.drafter) if custom else ()
+                tokens += len(theirs.decode(ids, config, seed, assisted, *how))
             else:
                 began = _now(self.device)
                 decode = partial(speculative, *models) if assisted else partial(autoregressive, models[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..decoding.drafters import BlockDrafter, LanguageModel, Session
+from ..decoding.drafters import BlockDrafter, LanguageModel
 from .hidden_draft import HiddenDraft, HiddenDraftLM
 from .speech_lm import SpeechLM
 
@@ -17,15 +17,19 @@ class BlockDraft(HiddenDraft):
     is of the head's rank alone, and a recurrent cell of that rank adds what the block's tokens have to say.
     """
 
-    def __init__(self, target: SpeechLM, rank: int = 128, layers: int = 2, slots: int = 6) -> None:
+    def __init__(
+        self, target: SpeechLM, rank: int = 128, taps: tuple[int, ...] | list[int] = (), layers: int = 2, slots: int = 6
+    ) -> None:
         """slots: tokens of a block, at most."""
-        super().__init__(target, rank=rank, layers=layers)
+        super().__init__(target, rank, taps, layers)
         self.sizes |= {"layers": layers, "slots": slots}
         (self.lm.head, self.up), hidden = self.lm.head, self.reducer.out_features
         rank = self.lm.head.out_features
         self.cell, self.carry = nn.GRUCell(2 * hidden, rank), nn.Linear(rank, rank, bias=False)
         self.masks = nn.Parameter(0.02 * torch.randn(slots - 1, hidden))
         nn.init.zeros_(self.carry.weight)  # at first the head hears the hidden state alone
+        for own in (*self.cell.parameters(), *self.carry.parameters(), self.masks):
+            own.data = own.data.to(self.joiner.weight)
 
     @property
     def ends(self) -> tuple[nn.Linear, nn.Linear]:
@@ -42,9 +46,8 @@ class BlockDraft(HiddenDraft):
 class BlockDraftLM(HiddenDraftLM):
     """As ``HiddenDraftLM``."""
 
+    kind = BlockDrafter
+
     def __init__(self, draft: BlockDraft, lm: LanguageModel) -> None:
         super().__init__(draft, lm)
         self.masks, self.follow, self.up = draft.masks, draft.follow, draft.up
-
-    def __call__(self, prefix: Tensor, target: Session) -> BlockDrafter:
-        return BlockDrafter(self, prefix, target)

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.generation import logits_process as hf
 
 from ..errors import InputError, first_line
-from .speech_lm import SpeechLM
+from .speech_lm import SpeechLM, features_at
 
 # Cache layers that can be put back: what was fed after a place leaves no trace. A static layer with a sliding
 # window overwrites what it would need, a recurrent state adds up.
@@ -49,10 +49,14 @@ EXACT = (
 
 
 class CausalSession:
-    """One sequence of a causal model in a cache of its own (batch 1, empty); ``decoding.drafters.Session``."""
+    """One sequence of a causal model in a cache of its own (batch 1, empty); ``decoding.drafters.Session``.
 
-    def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
-        self.model, self.cache, self.length = model, cache, 0
+    taps: as of a ``SpeechLM``, for drafters that read its ``features``.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, taps: tuple[int, ...] = ()) -> None:
+        self.model, self.cache, self.taps = model, cache, taps
+        self.length, self.features = 0, None
 
     def prefill(self, prefix: Tensor) -> Tensor:
         """Token ids (1, T), or embeddings (1, T, hidden) -> logits (1, V) of the last position."""
@@ -78,19 +82,21 @@ class CausalSession:
         self.length = length
 
     def _feed(self, count: int, **fed) -> Tensor:
-        logits = self.model(**fed, past_key_values=self.cache, use_cache=True).logits
+        states = {"output_hidden_states": True} if self.taps else {}
+        made = self.model(**fed, **states, past_key_values=self.cache, use_cache=True)
+        self.features = features_at(self.taps, made.hidden_states)
         self.length += count
-        return logits
+        return made.logits
 
 
 class Model:
     """A causal model as the loop's ``LanguageModel``; ``cache`` makes an empty one for each session."""
 
-    def __init__(self, model: PreTrainedModel, cache: Callable[[], Cache]) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: PreTrainedModel, cache: Callable[[], Cache], taps: tuple[int, ...] = ()) -> None:
+        self.model, self.cache, self.taps = model, cache, taps
 
     def session(self) -> CausalSession:
-        return CausalSession(self.model, self.cache())
+        return CausalSession(self.model, self.cache(), self.taps)
 
 
 def new_cache(model: PreTrainedModel, like: Cache | None = None) -> Cache:
@@ -179,7 +185,7 @@ class CausalLM(nn.Module):
     stored: the dtype that its folder has, and that a draft for it is saved in.
     """
 
-    cast = SpeechLM.cast
+    cast, taps = SpeechLM.cast, SpeechLM.taps
 
     def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None) -> None:
         super().__init__()
@@ -194,21 +200,29 @@ class CausalLM(nn.Module):
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
+    @property
+    def speech_embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
     def prefix(self, text: Tensor, prompt_text: Tensor, prompt_speech: Tensor) -> Tensor:
         """As ``SpeechLM.prefix``."""
-        return self.model.get_input_embeddings()(torch.cat((prompt_text, text, prompt_speech)))[None]
+        return self.speech_embedding(torch.cat((prompt_text, text, prompt_speech)))[None]
 
     def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
         """As ``SpeechLM.forward``; logits are computed at places where any row wants them."""
-        if at is None or not self.model._supports_logits_to_keep():
-            logits = self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
-            return logits if at is None else logits[at]
-        places = at.any(0).nonzero()[:, 0]
-        logits = self.model(inputs_embeds=inputs_embeds, use_cache=False, logits_to_keep=places).logits
-        return logits[at[:, places]]
+        return self.with_features(inputs_embeds, at)[0]
+
+    def with_features(self, inputs_embeds: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """As ``SpeechLM.with_features``."""
+        asked = {"output_hidden_states": True} if self.taps else {}
+        if at is not None and self.model._supports_logits_to_keep():
+            asked["logits_to_keep"] = places = at.any(0).nonzero()[:, 0]
+            at = at[:, places]
+        made = self.model(inputs_embeds=inputs_embeds, use_cache=False, **asked)
+        return made.logits if at is None else made.logits[at], features_at(self.taps, made.hidden_states)
 
     def session(self) -> CausalSession:
-        return CausalSession(self.model, new_cache(self.model))
+        return CausalSession(self.model, new_cache(self.model), self.taps)
 
 
 def load_causal(folder: Path) -> CausalLM:

@@ -50,6 +50,27 @@ model.generate(**inputs, custom_generate=speculative_generate, assistant_model=d
 """
 
 
+HIDDEN_CARD = """---
+base_model: {target}
+tags: [speculative-decoding, text-to-speech, draft]
+---
+
+# A hidden-state drafter for {target}
+
+One layer that reads {target}'s hidden states after layers {places}, and a head of rank {rank}; its embeddings are
+{target}'s own. It was trained by `ssd-repro train-draft --drafter hidden` (Speech Speculative Decoding, arXiv
+2505.15380; EAGLE-3), recipe {recipe}, on {rows} rows; draft.json has the settings and the log. It is of use with its
+target alone:
+
+```python
+from ssd_repro import load_draft, speculative_generate
+
+draft = load_draft("this folder", model)
+model.generate(**inputs, custom_generate=speculative_generate, assistant_model=draft, tolerance=0.0, draft_length=2)
+```
+"""
+
+
 def weights_sha256(lm: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
     """SHA-256 over a model's weights as ``dtype``: fp32 and bf16 copies of one model have the same as bf16."""
     digest = hashlib.sha256()
@@ -134,24 +155,30 @@ def add_other(folder: Path, name: str, draft: HiddenDraft | SpeechLM) -> None:
     write_text(folder / "voice.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def layers_of_draft(draft: SpeechLM | HiddenDraft) -> dict[str, int]:
+def layers_of_draft(draft: SpeechLM | HiddenDraft) -> dict:
     """What its JSON file says of a draft's size."""
     return draft.sizes if isinstance(draft, HiddenDraft) else split_of(draft)
 
 
-def save_draft(folder: Path, draft: SpeechLM | HiddenDraft, target: SpeechLM, facts: dict) -> None:
+def save_draft(
+    folder: Path, draft: SpeechLM | CausalLM | HiddenDraft, target: SpeechLM | CausalLM, facts: dict
+) -> None:
     """Write draft.safetensors, what the draft does not share with the target, fp32, and draft.json.
 
-    Of a causal model of transformers instead what ``from_pretrained`` reads: the whole small model in the target's
-    dtype, each tensor once, config.json and a model card. draft.json comes last: where it is, the draft is whole.
+    Of a causal model of transformers in its dtype, with a model card; and of its paper's draft instead what
+    ``from_pretrained`` reads: the whole small model, each tensor once, and config.json. draft.json comes last: where
+    it is, the draft is whole.
     """
     if isinstance(draft, CausalLM):
         copy.deepcopy(draft.model).to(draft.stored).save_pretrained(folder)
-        known = facts | facts["identity"] | split_of(draft)
-        write_text(folder / "README.md", CARD.format(**{**known, "target": target.name}))
         digest = sha256(folder / "model.safetensors")
     else:
-        digest = _write_tensors(folder / DRAFT_FILES[1], own_parameters(draft), torch.float32)
+        stored = target.stored if isinstance(target, CausalLM) else torch.float32
+        digest = _write_tensors(folder / DRAFT_FILES[1], own_parameters(draft), stored)
+    if isinstance(target, CausalLM):
+        known = {**facts, **facts["identity"], **layers_of_draft(draft), "target": target.name}
+        known["places"] = ", ".join(map(str, known.get("taps", ())))
+        write_text(folder / "README.md", (HIDDEN_CARD if "rank" in known else CARD).format(**known))
     about = {
         "format": FORMAT,
         "layers": layers_of_draft(draft),
@@ -172,15 +199,19 @@ def load_draft(
 ) -> PreTrainedModel | CausalLM | SpeechLM | HiddenDraft:
     """The drafter that ``ssd-repro train-draft`` wrote, on the target's parameters, device and dtype.
 
-    What both share is in memory once (``from_pretrained`` of a draft's folder has it a second time).
+    What both share is in memory once (``from_pretrained`` of a draft's folder has it a second time). Of a causal model
+    of transformers it is an ``assistant_model`` for ``speculative_generate``, the hidden-state drafter, too.
 
     target: the one that it was trained for, in fp32, bf16 or fp16. InputError if a file is missing
     or damaged, or if the draft is of another target.
     """
     if isinstance(target, PreTrainedModel):
-        return load_draft(folder, CausalLM(target)).model
-    whole = isinstance(target, CausalLM)
-    path, about = Path(folder) / ("model.safetensors" if whole else DRAFT_FILES[1]), read_draft_facts(folder)
+        draft = load_draft(folder, CausalLM(target))
+        return draft if isinstance(draft, HiddenDraft) else draft.model
+    about = read_draft_facts(folder)
+    hidden = "rank" in about["layers"]
+    whole = isinstance(target, CausalLM) and not hidden
+    path = Path(folder) / ("model.safetensors" if whole else DRAFT_FILES[1])
     state = _read_tensors(path, about["sha256"], path.with_name(DRAFT_FILES[0]))
     dtype = torch.float16 if target.head.weight.dtype == torch.float16 else torch.bfloat16
     known = about["target"].get(str(dtype), "")
@@ -189,7 +220,7 @@ def load_draft(
             f"the draft in {folder} was trained for another target: the SHA-256 of its weights begins with "
             f"{known[:12]}, that of this one with {found[:12]}"
         )
-    return (_hidden if "rank" in about["layers"] else _draft)(target, about["layers"], state, path)
+    return (_hidden if hidden else _draft)(target, about["layers"], state, path)
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> str:
@@ -261,7 +292,7 @@ def _draft(target: SpeechLM, layers: dict[str, int], own: dict[str, Tensor], pat
     return _with_own(make_draft(target, **layers), own, path)
 
 
-def _hidden(target: SpeechLM, sizes: dict[str, int], own: dict[str, Tensor], path: Path) -> HiddenDraft:
+def _hidden(target: SpeechLM | CausalLM, sizes: dict, own: dict[str, Tensor], path: Path) -> HiddenDraft:
     kind = BlockDraft if "slots" in sizes else HiddenDraft
     return _with_own(kind(target, **sizes), own, path)
 

@@ -22,6 +22,7 @@ from ..decoding.result import DecodeConfig, DecodeResult
 from ..decoding.speculative import collect, stream
 from ..errors import InputError, first_line
 from .causal import Model, check_cache, law_of_row, new_cache
+from .hidden_draft import HiddenDraft, HiddenDraftLM
 from .runtimes import openvino
 
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -47,7 +48,7 @@ def speculative_generate(
     logits_processor: list,
     stopping_criteria: list,
     generation_config: GenerationConfig,
-    assistant_model: PreTrainedModel | None = None,
+    assistant_model: PreTrainedModel | HiddenDraft | None = None,
     streamer=None,
     tolerance: float = 0.4,
     draft_length: int = 3,
@@ -56,7 +57,8 @@ def speculative_generate(
 ) -> Tensor | SpeculativeOutput:
     """For ``generate(custom_generate=...)``; all that is not named here means what it means to transformers.
 
-    assistant_model  the draft: a causal model with the target's vocabulary, such as ``make_draft``'s
+    assistant_model  the draft: a causal model with the target's vocabulary, such as ``make_draft``'s; or the
+                     hidden-state drafter that ``load_draft`` reads for this very model
     tolerance        beta, from 0 (the target's own distribution) to 1. With do_sample=False it has no effect:
                      greedy decoding is exact
     draft_length     tokens that the draft proposes in a round, from 1 to 64
@@ -85,12 +87,13 @@ def speculative_generate(
     laws = [law_of_row(logits_processor, row, prompt, greedy) for row, prompt in enumerate(input_ids)]
     given = model_kwargs["past_key_values"]
     _check_caches(model, draft, given, prefixes, config.max_tokens)
-    compiled = _compiled(runtime, (model, draft), given)
+    taps = draft.taps if isinstance(draft, HiddenDraft) else ()
+    compiled = _compiled(runtime, model, draft, taps, given)
 
     generator = torch.Generator(prefixes[0].device).manual_seed(int(torch.randint(2**62, ())))
     target, assistant = compiled or (
-        Model(model, lambda: given if len(prefixes) == 1 else new_cache(model, given)),
-        Model(draft, lambda: new_cache(draft, given)),
+        Model(model, lambda: given if len(prefixes) == 1 else new_cache(model, given), taps),
+        HiddenDraftLM(draft, draft.lm) if taps else Model(draft, lambda: new_cache(draft, given)),
     )
     results = []
     for prefix, law in zip(prefixes, laws, strict=True):
@@ -138,21 +141,41 @@ def _argument_of_generate(name: str):
     return frame and frame.f_locals[name]
 
 
-def _check_models(model: PreTrainedModel, draft: PreTrainedModel | None) -> None:
-    if not isinstance(draft, PreTrainedModel):
-        raise InputError(f"assistant_model is {type(draft).__name__}; it must be the draft, a model of transformers.")
-    for name, one in (("the model", model), ("assistant_model", draft)):
+def _check_models(model: PreTrainedModel, draft: PreTrainedModel | HiddenDraft | None) -> None:
+    if not isinstance(draft, (PreTrainedModel, HiddenDraft)):
+        found = type(draft).__name__
+        raise InputError(f"assistant_model is {found}; it must be a model of transformers, or what load_draft reads.")
+    hidden = isinstance(draft, HiddenDraft)
+    for name, one in {"the model": model, **({} if hidden else {"assistant_model": draft})}.items():
         if one.config.is_encoder_decoder or one._is_stateful or not one.can_generate():
             raise InputError(
                 f"{name} is {type(one).__name__}; it must be a decoder-only model that can be rolled back."
             )
+    (_check_hidden if hidden else _check_causal)(model, draft)
+    if draft.device != model.device:
+        raise InputError(f"assistant_model is on {draft.device}, the model on {model.device}: move one of them.")
+
+
+def _check_hidden(model: PreTrainedModel, draft: HiddenDraft) -> None:
+    """A hidden-state drafter has the model's own embeddings, and reads what it thinks."""
+    ours, theirs = (one.get_output_embeddings().weight.shape[0] for one in (draft, model))
+    widths = [one.get_input_embeddings().weight.shape[1] for one in (draft, model)]
+    for name, mine, wanted in (("width", *widths), ("a vocabulary of", ours, theirs)):
+        if mine != wanted:
+            raise InputError(f"assistant_model, a hidden-state drafter, has {name} {mine}, the model {wanted}.")
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    if draft.get_input_embeddings() is not model.get_input_embeddings() or max(draft.taps) > depth:
+        raise InputError("assistant_model reads another model's hidden states: make it by load_draft(folder, model).")
+    if draft.dtype != model.dtype:
+        raise InputError(f"assistant_model is {draft.dtype}, the model {model.dtype}: make it by load_draft anew.")
+
+
+def _check_causal(model: PreTrainedModel, draft: PreTrainedModel) -> None:
     ours, theirs = (one.config.get_text_config(decoder=True) for one in (draft, model))
     for name, of in (("vocab_size", "vocabulary"), ("bos_token_id", "tokenizer")):
         mine, wanted = getattr(ours, name, None), getattr(theirs, name, None)
         if mine != wanted and None not in (mine, wanted):
             raise InputError(f"assistant_model has {name} {mine}, the model {wanted}: a draft must have its {of}.")
-    if draft.device != model.device:
-        raise InputError(f"assistant_model is on {draft.device}, the model on {model.device}: move one of them.")
 
 
 def _check_request(generation_config: GenerationConfig, model_kwargs: dict) -> None:
@@ -193,7 +216,7 @@ def _config(input_ids, stopping_criteria, generation_config, tolerance: float, d
     return config if generation_config.do_sample else replace(config, tolerance=0.0)
 
 
-def _prefixes(input_ids: Tensor, model_kwargs: dict, draft: PreTrainedModel) -> list[Tensor]:
+def _prefixes(input_ids: Tensor, model_kwargs: dict, draft: PreTrainedModel | HiddenDraft) -> list[Tensor]:
     """Of each row its ids (1, T) or embeddings (1, T, hidden), without left padding."""
     embedded = model_kwargs.get("inputs_embeds")
     whole = input_ids if embedded is None else embedded
@@ -214,8 +237,9 @@ def _prefixes(input_ids: Tensor, model_kwargs: dict, draft: PreTrainedModel) -> 
 
 
 def _check_caches(model, draft, given: Cache, prefixes: list[Tensor], new: int) -> None:
-    for name, cache in (("the model's", given), ("the draft's", new_cache(draft, given))):
-        check_cache(cache, name)
+    check_cache(given, "the model's")
+    if isinstance(draft, PreTrainedModel):
+        check_cache(new_cache(draft, given), "the draft's")
     if getattr(given, "_is_user_defined", False) and len(prefixes) > 1:
         raise InputError(f"past_key_values was given with {len(prefixes)} sequences: it serves one.")
     longest = max(prefix.shape[1] for prefix in prefixes)
@@ -226,7 +250,7 @@ def _check_caches(model, draft, given: Cache, prefixes: list[Tensor], new: int) 
         )
 
 
-def _compiled(runtime: str, models: tuple[PreTrainedModel, ...], given: Cache) -> list[openvino.OpenVINOLM] | None:
+def _compiled(runtime: str, model: PreTrainedModel, draft, taps: tuple[int, ...], given: Cache) -> tuple | None:
     """The models on OpenVINO; None: on eager. InputError for another runtime, or where it cannot be had."""
     if runtime not in ("eager", "openvino"):
         raise InputError(f"runtime is {runtime!r}; choose eager or openvino.")
@@ -234,7 +258,9 @@ def _compiled(runtime: str, models: tuple[PreTrainedModel, ...], given: Cache) -
         return None
     if getattr(given, "_is_user_defined", False):
         raise InputError("past_key_values was given, and runtime openvino keeps caches of its own: leave one out.")
-    return [openvino.causal(model) for model in models]
+    if not taps:
+        return openvino.causal(model), openvino.causal(draft)
+    return openvino.causal(model, taps), HiddenDraftLM(draft, openvino.causal(draft, draft.lm.taps))
 
 
 def _collect(rounds, streamer) -> DecodeResult:

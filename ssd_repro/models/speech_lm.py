@@ -45,12 +45,12 @@ class SpeechLM(nn.Module):
 
         at: bool (B, T), of n places -> the logits of these alone, (n, V).
         """
-        hidden, _ = _decode(self.model, inputs_embeds, 0, None)
-        return self.head(hidden if at is None else hidden[at])
+        return self.with_features(inputs_embeds, at)[0]
 
-    def hidden(self, inputs_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``forward`` without the head -> (B, T, hidden), and at the ``taps`` (B, T, taps x hidden)."""
-        return _decode(self.model, inputs_embeds, 0, None, self.taps)
+    def with_features(self, inputs_embeds: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """``forward``, and the hidden states at the ``taps``, (B, T, taps x hidden); None without taps."""
+        hidden, features = _decode(self.model, inputs_embeds, 0, None, self.taps)
+        return self.head(hidden if at is None else hidden[at]), features
 
     def session(self) -> Session:
         return Session(self)
@@ -135,7 +135,12 @@ def _decode(
         use_cache=cache is not None,
         output_hidden_states=bool(taps),
     )
-    return made.last_hidden_state, torch.cat([made.hidden_states[tap] for tap in taps], -1) if taps else None
+    return made.last_hidden_state, features_at(taps, made.hidden_states)
+
+
+def features_at(taps: tuple[int, ...], states: tuple[Tensor, ...] | None) -> Tensor | None:
+    """Of what ``output_hidden_states`` gives, (B, n, hidden) each, the taps side by side; None without taps."""
+    return torch.cat([states[tap] for tap in taps], -1) if taps else None
 
 
 def choose_device(device: str) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InputError
 from ..models.block_draft import BlockDraft
+from ..models.speech_lm import SpeechLM
+from .deployed import Target
 from .hidden import HiddenTask, unrolled
 
 
@@ -15,7 +18,13 @@ class BlockTask(HiddenTask):
     A slot counts for less the later it is: it is used only where all before it were accepted.
     """
 
-    kind, name, decay = BlockDraft, "block", 0.8
+    kind, decay = BlockDraft, 0.8
+
+    def __init__(self, target: Target, begin: BlockDraft | None = None, **sizes: int):
+        """As HiddenTask; InputError for a causal model of transformers."""
+        if not isinstance(target.lm, SpeechLM):
+            raise InputError(f"drafter is 'block'; of {type(target.lm.model).__name__} only paper and hidden are there")
+        super().__init__(target, begin, **sizes)
 
     def made(self, features: Tensor, embedded: Tensor, at: Tensor) -> list[Tensor]:
         draft, before, state, found = self.draft, embedded[:, 1:], None, []

@@ -125,6 +125,7 @@ def train_draft(
     if done := agree(accelerator, lambda: (out / "draft.json").exists() and finished()):
         return done
     target.lm.to(accelerator.device).eval()
+    torch.manual_seed(settings.seed)  # of the matrices that a hidden-state drafter begins with
     task = DraftTask(target, loss, begin) if drafter == "paper" else BY_HIDDEN_STATES[drafter](target, begin)
     rows = run_training(task, learned, dev, settings, out, facts, accelerator, log)
     if accelerator.is_main_process:

@@ -11,12 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
-from ..errors import InputError
 from ..models.hidden_draft import HiddenDraft
-from ..models.speech_lm import SpeechLM
 from .data import Example
 from .deployed import Target
 from .loop import Task, divergence, overlap
@@ -27,7 +24,7 @@ PASSES = 4  # one more than the paper's L_d
 class HiddenTask(Task):
     """A HiddenDraft on a frozen target: towards what the target samples from, by ``loop.divergence``."""
 
-    kind, name, decay = HiddenDraft, "hidden", 1.0  # decay: what a pass counts, over the one before
+    kind, decay = HiddenDraft, 1.0  # decay: what a pass counts, over the one before
 
     def __init__(self, target: Target, begin: HiddenDraft | None = None, **sizes: int):
         """begin: a drafter of this target whose weights are gone on from; None: ``HiddenDraft.begin_from``.
@@ -35,11 +32,6 @@ class HiddenTask(Task):
         sizes: of the drafter, if it does not go on from another.
         """
         super().__init__()
-        if not isinstance(target.lm, SpeechLM):
-            raise InputError(f"drafter is {self.name!r}; of {type(target.lm.model).__name__} only the paper's is there")
-        if not isinstance(target.lm.model, Qwen2Model):
-            kind = type(target.lm.model).__name__
-            raise InputError(f"drafter is {self.name!r}, of Qwen2 layers; of {kind} only the paper's is there")
         target.lm.requires_grad_(False)
         self.target, self.draft = target, self.kind(target.lm, **(begin.sizes if begin else sizes))
         if begin is None:
@@ -51,14 +43,15 @@ class HiddenTask(Task):
     def forward(self, items: list[Example]) -> dict[str, Tensor]:
         """The loss; evaluating, "acceptance_k" of pass k: mean of sum min(p, q) of what is sampled from."""
         batch = self.target.collate(items)
+        foreseen = batch.at.nonzero()[:, 1] > 0  # what follows a prompt of one token is not
+        history = batch.history[foreseen]
         with self.autocast():
             with torch.no_grad():
-                hidden, features = self.target.lm.hidden(batch.embedded)
-                q = self.target.lm.head(hidden[batch.at]).float()  # (N, V)
+                q, features = self.target.lm.with_features(batch.embedded, batch.at)
             made = [logits.float() for logits in self.made(features, batch.embedded, batch.at[:, 1:])]  # (N, V) each
-        q = self.target.deployed(q, batch.history)
+        q = self.target.deployed(q[foreseen].float(), history)
         if not self.training:
-            drafted = [self.target.deployed(logits, batch.history) for logits in made]
+            drafted = [self.target.deployed(logits, history) for logits in made]
             accepted = {f"acceptance_{k}": overlap(p, q) for k, p in enumerate(drafted, 1)}
             return {"loss": 1 - torch.stack(list(accepted.values())).mean(), **accepted}
         terms = torch.stack([divergence(logits / self.target.temperature, q) for logits in made])

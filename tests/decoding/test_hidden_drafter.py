@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import tiny
 from toys import generator, law_of_all_branches
 
 from ssd_repro.decoding.drafters import Tape
@@ -14,6 +15,7 @@ from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.models import checkpoints
 from ssd_repro.models.block_draft import BlockDraft
+from ssd_repro.models.causal import CausalLM
 from ssd_repro.models.draft import own_parameters
 from ssd_repro.models.families import small_qwen2
 from ssd_repro.models.hidden_draft import HiddenDraft
@@ -33,6 +35,10 @@ def made(drafting, vocab=40, scale=0.3):
     for parameter in target.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=scale)
+    return with_draft(target, drafting, scale)
+
+
+def with_draft(target, drafting, scale=0.3):
     draft = KINDS[drafting][0](target, rank=16).begin_from(target).eval().requires_grad_(False)
     if drafting == "block":  # a head that hears the tokens from the start
         draft.carry.weight.normal_(std=scale / 3)
@@ -48,16 +54,22 @@ MADE = {drafting: made(drafting) for drafting in KINDS}
 RUNTIMES = {"eager": lambda lm: lm, "graphs": lambda lm: StaticLM(lm, 120), "openvino": lambda lm: OpenVINOLM(lm, 1)}
 
 
-@pytest.fixture(scope="module", params=product(KINDS, RUNTIMES), ids="-".join)
+CAUSAL = {"hidden_size": 32, "vocab": 40, "max_position_embeddings": 128, "initializer_range": 0.5}
+
+
+@pytest.fixture(scope="module", params=[*product(KINDS, RUNTIMES), ("hidden", "gemma3"), ("hidden", "gpt_neox")])
 def models(request):
-    drafting, runtime = request.param
-    (target, draft), run = MADE[drafting], RUNTIMES[runtime]
-    return run(target), draft.on(run(draft.lm)), drafting
+    """Target and drafter: a SpeechLM on each runtime, and causal models of transformers, one with a window of 4."""
+    drafting, where = request.param
+    run = RUNTIMES.get(where, RUNTIMES["eager"])
+    known = where in RUNTIMES
+    target, draft = MADE[drafting] if known else with_draft(CausalLM(tiny(where, **CAUSAL)), drafting)
+    return run(target), draft.on(run(draft.lm)), (drafting, target, draft)
 
 
 @pytest.mark.parametrize("draft_length", [1, 3, 8])
 def test_greedy_tokens_are_the_targets(models, draft_length, monkeypatch):
-    target, draft, drafting = models
+    target, draft, (drafting, *_) = models
     opened, inner = [], draft.open
     monkeypatch.setattr(draft, "open", lambda: opened.append("drafter") or inner())
     config = DecodeConfig(
@@ -76,7 +88,7 @@ def test_greedy_tokens_are_the_targets(models, draft_length, monkeypatch):
 @pytest.mark.parametrize("confidence", [0.0, 0.02])
 def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(models, confidence):
     """After rounds of every kind, p is that of the passes of training over the whole sequence."""
-    target, draft, drafting = models
+    target, draft, (drafting, whole_target, own) = models
     sampler, rounds = Sampler(top_k=0, top_p=1.0, ras=False), []
 
     def make(prefix, session):
@@ -97,12 +109,11 @@ def test_what_it_drafts_from_is_what_a_session_that_never_rolled_back_would_say(
     result = speculative(target, make, PREFIX, config, generator(3))
     assert (len({len(p) for _, _, p in rounds[:-4]}) > 1) == (confidence > 0)  # the last are cut by max_tokens
     assert len({0} | {r.accepted for r in result.rounds}) > 2 and len(rounds) > 8
-    whole_target, own = MADE[drafting]
     task = KINDS[drafting][1](SimpleNamespace(lm=whole_target), begin=own)
     for tokens, size, p in rounds:
         whole = torch.cat((PREFIX, whole_target.speech_embedding(tokens[None])), 1)
         with torch.no_grad():
-            _, features = whole_target.hidden(whole)
+            _, features = whole_target.with_features(whole)
             everywhere = torch.ones(1, whole.shape[1] - 1, dtype=torch.bool)
             passes = task.made(features, whole, everywhere)
             for k, row in enumerate(p):
@@ -140,7 +151,7 @@ def test_its_own_parameters_are_at_most_12_percent_of_the_bundled_targets(drafti
 
 
 def test_the_tape_is_written_and_nothing_is_left_in_the_cache_of_what_was_rejected(models):
-    target, draft, drafting = models
+    target, draft, (drafting, *_) = models
     with torch.inference_mode():
         session = target.session()
         logits = session.prefill(PREFIX)

@@ -16,12 +16,14 @@ from ssd_repro.errors import InputError
 from ssd_repro.experiment import baselines, bench, cost, growth, report, speed
 from ssd_repro.models.draft import make_draft
 from ssd_repro.models.families import small_qwen2
+from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
 from ssd_repro.models.speech_lm import SpeechLM
 
 TARGET = tiny_lm(layers=4)
 DRAFT = make_draft(TARGET, bottom=1, top=1).requires_grad_(False)
 PREFIX = torch.randn(1, 7, 16, generator=generator(3))
-THEIRS = baselines.Transformers(TARGET, DRAFT)
+HIDDEN = HiddenDraft(TARGET, rank=8).begin_from(TARGET)
+THEIRS = baselines.Transformers(TARGET, DRAFT, HIDDEN)
 
 
 # transformers
@@ -40,7 +42,9 @@ def test_the_exported_models_logits_are_ours(lm):
 
 
 @pytest.mark.parametrize(
-    "how", [(False,), (True,), (True, "eager"), (True, "openvino")], ids=["generate", "assisted", "custom", "openvino"]
+    "how",
+    [(False,), (True,), (True, "eager"), (True, "openvino"), (True, "eager", "hidden")],
+    ids=["generate", "assisted", "custom", "openvino", "hidden"],
 )
 @pytest.mark.parametrize("low", [0, 12])
 def test_greedy_tokens_are_ours(how, low):
@@ -51,7 +55,14 @@ def test_greedy_tokens_are_ours(how, low):
     assert len(made) == len(ours.tokens) + ours.stopped and (not ours.stopped or made[-1] in (11, 12))
 
 
-@pytest.mark.parametrize("custom", ["", "eager", "openvino"])
+def test_the_exported_hidden_drafter_is_ours():
+    made, ours = THEIRS.hidden, list(HIDDEN.parameters())
+    own = [p for p in made.parameters() if p is not made.get_input_embeddings().weight]
+    assert {id(p) for p in own} == {id(p) for p in ours} - {id(HIDDEN.get_input_embeddings().weight)}
+    assert made.get_input_embeddings() is THEIRS.target.get_input_embeddings() and made.taps == HIDDEN.taps
+
+
+@pytest.mark.parametrize("custom", [("",), ("eager",), ("openvino",), ("eager", "hidden")], ids="-".join)
 def test_assisted_generation_draws_from_our_sampler(custom):
     """Chi-square of 150 sequences of 3 tokens; fails by chance once in 10,000 seeds, and these are fixed."""
     config = DecodeConfig(
@@ -73,7 +84,7 @@ def test_assisted_generation_draws_from_our_sampler(custom):
             law = following
     ids, counts = THEIRS.prompt(PREFIX), {}
     for seed in range(150):
-        made = tuple(THEIRS.decode(ids, config, seed, True, custom))
+        made = tuple(THEIRS.decode(ids, config, seed, True, *custom))
         counts[made] = counts.get(made, 0) + 1
     assert len(law) > 5 and p_value(counts, law) > 1e-4
 
@@ -119,6 +130,17 @@ def test_ours_on_a_fast_runtime_are_measured_on_eager_too():
     ]
     assert {("hf_assisted_compiled", "transformers, compiled"), ("hf_custom", "transformers, openvino")} <= {*names}
     assert ("hf_custom_eager", "transformers") in names
+
+
+def test_a_hidden_drafter_is_measured_inside_transformers_on_eager(tmp_path):
+    voice = fake_voice.FakeVoice()
+    hidden = HiddenDraft(voice.target).begin_from(voice.target)
+    voice.target.taps, voice.drafters["hidden"] = hidden.taps, HiddenDraftLM(hidden, hidden.lm)
+    rows = bench.measure(voice, voice.utterances(1), tmp_path, longest=6)
+    (row,) = rows[rows.system == "hf_custom_hidden"].itertuples()
+    assert (row.runtime, row.tolerance, row.drafter, row.tokens) == ("transformers", 0.0, "hidden", 6)
+    assert "hf_custom_hidden_over_hf_assisted" in speed.ratios(rows).index
+    assert "transformers, custom_generate=speculative_generate, hidden drafter" in speed.side_by_side(rows).index
 
 
 def test_bench_as_a_command(fake, tmp_path, capsys):

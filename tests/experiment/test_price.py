@@ -12,7 +12,7 @@ from ssd_repro.errors import InputError
 from ssd_repro.experiment import price, report, studies
 from ssd_repro.experiment.rows import key, row_settings
 from ssd_repro.experiment.systems import System
-from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM, taps_of
+from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
 from ssd_repro.speech.voice import Voice
 
 PIECE, SAID = [5, 9, 7, 11], [17, 902, 17, 44, 6000, 902]
@@ -34,8 +34,8 @@ def one_forward(voice, lm, inputs, prefix, n):
 def test_p_and_q_are_those_of_one_forward(fake, stopped):
     """Target, the paper's draft and one that reads hidden states, against passes without cache or loop."""
     target = fake.target
-    target.taps = taps_of(target)
     hidden = HiddenDraft(target).begin_from(target).eval()
+    target.taps = hidden.taps
     fake.drafters["hidden"] = HiddenDraftLM(hidden, hidden.lm)
     p, q = price.along(fake, PIECE, "af_heart", SAID, stopped)
     prefix, n = fake.prefix(PIECE, "af_heart"), len(SAID) - 1 + stopped
@@ -44,7 +44,7 @@ def test_p_and_q_are_those_of_one_forward(fake, stopped):
         length = prefix.shape[1]
         torch.testing.assert_close(q, one_forward(fake, target, inputs, length, n), atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(p["paper"], one_forward(fake, fake.draft, inputs, length, n), atol=1e-6, rtol=1e-4)
-        _, features = target.hidden(inputs)
+        _, features = target.with_features(inputs)
         joined = hidden.join(hidden.reduce(features[:, :-1]), inputs[:, 1:])  # one place shorter
         due = one_forward(fake, hidden.lm, joined, length - 1, n)
         torch.testing.assert_close(p["hidden"], due, atol=1e-6, rtol=1e-4)

@@ -41,7 +41,7 @@ def test_cached_logits_equal_uncached(family, t, blocks, static):
     static = static and family not in SLIDING
     cache = StaticCache(config=model.config, max_cache_len=70) if static else new_cache(model)
     check_cache(cache, "the")
-    session, kept = CausalSession(model, cache), torch.randint(0, 11, (1, t), generator=rng)
+    session, kept = CausalSession(model, cache, (1, 3)), torch.randint(0, 11, (1, t), generator=rng)
     torch.testing.assert_close(session.prefill(kept), uncached(model, kept)[:, -1], atol=1e-4, rtol=1e-4)
     for run, drop in blocks:
         whole = kept
@@ -49,9 +49,19 @@ def test_cached_logits_equal_uncached(family, t, blocks, static):
             whole = torch.cat((whole, torch.randint(0, 11, (1, n), generator=rng)), 1)
             got = session.extend(whole[:, -n:])
             torch.testing.assert_close(got, uncached(model, whole)[:, -n:], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(session.features, features(model, whole)[:, -n:], atol=1e-4, rtol=1e-4)
         kept = whole[:, : max(kept.shape[1], whole.shape[1] - drop)]
         session.crop(kept.shape[1])
         assert session.length == kept.shape[1] == int(session.cache.get_seq_length())
+
+
+def features(model, ids):
+    """After the first layer, and what the head reads: (1, T, 2 x hidden)."""
+    read = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    hook.remove()
+    return torch.cat((states[1], read[0]), -1)
 
 
 @torch.inference_mode()

@@ -25,12 +25,22 @@ from ssd_repro import speculative_generate
 from ssd_repro.decoding.sampling import draw
 from ssd_repro.decoding.speculative import accept_probability, residual
 from ssd_repro.errors import InputError
-from ssd_repro.models.causal import CausalSession, GenerationLaw, new_cache
+from ssd_repro.models.causal import CausalLM, CausalSession, GenerationLaw, new_cache
+from ssd_repro.models.draft import make_draft
+from ssd_repro.models.hidden_draft import HiddenDraft
 from ssd_repro.models.runtimes import openvino
+
+
+def hidden_of(model) -> HiddenDraft:
+    """A hidden-state drafter as it begins: it agrees with its target now and then."""
+    torch.manual_seed(0)
+    return HiddenDraft(CausalLM(model), rank=8).begin_from(CausalLM(model)).eval()
+
 
 MODELS = {family: tiny(family) for family in FAMILIES}
 DRAFTS = {family: tiny(family, layers=2) for family in FAMILIES}
 LLAMA, DRAFT = MODELS["llama"], DRAFTS["llama"]
+HIDDEN = hidden_of(LLAMA)
 GPT2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=64))
 IDS = torch.randint(2, 11, (3, 6), generator=generator(4))
 MASK, MASK_12 = torch.ones_like(IDS), torch.ones(1, 12, dtype=torch.int64)
@@ -61,10 +71,19 @@ def test_greedy_is_generates_greedy(family, dtype):
     assert got.dtype == IDS.dtype and torch.equal(got, model.generate(**asked))
     again = speculate(model, model, **asked, return_dict_in_generate=True)  # every drafted token is right
     assert torch.equal(again.sequences, got) and again.acceptance_rate == pytest.approx(1, abs=0.15)
+    hidden = speculate(model, hidden_of(model), tolerance=0.4, draft_length=2, **asked, return_dict_in_generate=True)
+    assert torch.equal(hidden.sequences, got) and sum(result.draft_calls for result in hidden.results) > 3
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
+def test_a_hidden_drafter_begins_from_a_prompt_of_one_token(family, length):
+    asked = {"input_ids": IDS[:1, :length], "max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(speculate(MODELS[family], hidden_of(MODELS[family]), **asked), MODELS[family].generate(**asked))
 
 
 @pytest.mark.parametrize("longest", range(1, 9))
-@pytest.mark.parametrize("draft", [LLAMA, DRAFT], ids=["itself", "another"])
+@pytest.mark.parametrize("draft", [LLAMA, DRAFT, HIDDEN], ids=["itself", "another", "hidden"])
 def test_max_length_inside_the_draft(longest, draft):
     asked = {"input_ids": IDS[:1], "max_new_tokens": longest, "do_sample": False, "eos_token_id": None}
     for draft_length in (1, 3, 9):
@@ -109,19 +128,21 @@ def test_settings_mean_what_they_mean_to_transformers(settings):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_inputs_embeds(family, with_ids):
+@pytest.mark.parametrize("hidden", [False, True], ids=["paper's", "hidden"])
+def test_inputs_embeds(family, with_ids, hidden):
     """Embeddings alone, and with the ids that they are of; left-padded; the draft of equal embeddings."""
     model = MODELS[family]
     asked = {"inputs_embeds": model.get_input_embeddings()(IDS).detach(), "attention_mask": MASK}
     asked |= {"max_new_tokens": 8, "do_sample": False} | ({"input_ids": IDS} if with_ids else {})
-    got = speculate(model, DRAFTS[family], **asked)
+    got = speculate(model, hidden_of(model) if hidden else DRAFTS[family], **asked)
     assert torch.equal(got, model.generate(**asked)) and got.shape[1] <= 8 + 6 * with_ids
 
 
 def test_static_cache():
     asked = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 9, "do_sample": False}
     want = LLAMA.generate(**asked)
-    assert torch.equal(speculate(LLAMA, DRAFT, **asked, cache_implementation="static"), want)
+    for draft in (DRAFT, HIDDEN):
+        assert torch.equal(speculate(LLAMA, draft, **asked, cache_implementation="static"), want)
     cache = StaticCache(config=LLAMA.config, max_cache_len=14)  # 6 + 9 - 1: the last token is never fed
     asked = {"input_ids": IDS[:1], "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
     for _ in range(2):
@@ -231,13 +252,16 @@ def sequence_law(laws) -> dict:
 
 
 CASES = [*((family, "plain") for family in FAMILIES), ("llama", "warped"), ("gemma3", "history")]
+CASES += [(family, "plain", "hidden") for family in FAMILIES] + [("qwen2", "history", "hidden")]
 
 
-@pytest.mark.parametrize("family, name", CASES)
-def test_law_of_generate_without_chance(family, name, monkeypatch):
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_law_of_generate_without_chance(case, monkeypatch):
     """At beta = 0, to six digits: ``generate`` itself, through every branch that its loop can take."""
+    family, name, *hidden = case
     sampling = SAMPLING[name]
     model, draft = SMALL[family]
+    draft = hidden_of(model) if hidden else draft
     ids = torch.tensor([[3, 2, 0, 2, 3]])
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": True}
 
@@ -337,10 +361,12 @@ def test_a_wrong_law_is_seen():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_openvino_says_what_eager_says(family):
+@pytest.mark.parametrize("hidden", [False, True], ids=["paper's", "hidden"])
+def test_openvino_says_what_eager_says(family, hidden):
     """Greedy as ``generate``, sampled as on eager with the same seed; weights that change are seen."""
     pytest.importorskip("openvino")
-    model, draft = tiny(family), tiny(family, layers=2)
+    model = tiny(family)
+    draft = hidden_of(model) if hidden else tiny(family, layers=2)
     asked = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 12}
     for _ in range(2):
         got = speculate(model, draft, runtime="openvino", do_sample=False, **asked)
@@ -361,7 +387,13 @@ def test_openvino_compiles_once_and_forgets_with_the_model():
     first = openvino.causal(model)
     model.model.embed_tokens.weight.data.mul_(1.0)  # not in the graph
     assert openvino.causal(model) is first and len(openvino._CAUSAL) == count + 1
-    del model, first
+    draft = hidden_of(model)
+    for _ in range(2):
+        speculate(model, draft, runtime="openvino", input_ids=IDS[:1], max_new_tokens=4)
+    kept = openvino._CAUSAL[draft], openvino._CAUSAL[model]
+    speculate(model, draft, runtime="openvino", input_ids=IDS[:1], max_new_tokens=4)
+    assert kept == (openvino._CAUSAL[draft], openvino._CAUSAL[model]) and kept[1][1] is not first  # it has taps now
+    del model, first, draft, kept
     gc.collect()
     assert len(openvino._CAUSAL) == count
 
@@ -392,12 +424,14 @@ def no_forward(monkeypatch):
     def forward(*_, **__):
         raise AssertionError("a forward came before the refusal")
 
-    for model in {*MODELS.values(), *DRAFTS.values(), OTHER_VOCAB, OTHER_TOKENIZER, WIDE}:
+    for model in {*MODELS.values(), *DRAFTS.values(), OTHER_VOCAB, OTHER_TOKENIZER, WIDE, HALF, HIDDEN.lm.model}:
         monkeypatch.setattr(model, "forward", forward)
 
 
 OTHER_VOCAB, OTHER_TOKENIZER = tiny("llama", vocab=12), tiny("llama", bos_token_id=5)
-WIDE = tiny("llama", hidden_size=32)
+WIDE, HALF = tiny("llama", hidden_size=32), tiny("llama")
+HIDDEN_OF_HALF = hidden_of(HALF)
+HALF.bfloat16()
 CLOCK = type("Clock", (), {"__call__": lambda self, ids, scores: False})
 
 
@@ -411,6 +445,12 @@ def cache_of(family="llama", length=40, static=True):
     [
         ({"draft": None}, "assistant_model is NoneType"),
         ({"draft": OTHER_VOCAB}, "vocab_size 12, the model 11"),
+        ({"draft": hidden_of(OTHER_VOCAB)}, "hidden-state drafter, has a vocabulary of 12, the model 11"),
+        ({"draft": hidden_of(WIDE)}, "hidden-state drafter, has width 32, the model 16"),
+        ({"draft": hidden_of(tiny("llama"))}, "another model's hidden states: make it by load_draft"),
+        ({"model": make_draft(LLAMA, bottom=1, top=1), "draft": HIDDEN}, "another model's hidden states"),
+        ({"model": HALF, "draft": HIDDEN_OF_HALF}, "assistant_model is torch.float32, the model torch.bfloat16"),
+        ({"draft": HIDDEN, "inputs_embeds": torch.zeros(1, 6, 8)}, "width 8, the draft's embeddings 16"),
         ({"draft": OTHER_TOKENIZER}, "bos_token_id 5, the model 2: a draft must have its tokenizer"),
         ({"tolerance": 1.5}, "tolerance is 1.5"),
         ({"tolerance": float("nan")}, "tolerance is nan"),

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from ssd_repro import cli, load_draft, speculative_generate
 from ssd_repro.errors import InputError
+from ssd_repro.models.draft import own_parameters
 from ssd_repro.training import draft as draft_module
 from ssd_repro.training.data import Example
 from ssd_repro.training.deployed import load_target
+from ssd_repro.training.hidden import HiddenTask
 from ssd_repro.training.loop import Settings
 
 pytest.importorskip("accelerate", reason="the extra scale is not installed")
@@ -39,9 +41,10 @@ def world(request, tmp_path_factory):
     return folder
 
 
-def train(world, out, recipe, **settings):
+def train(world, out, recipe, drafter="paper", **settings):
     folders, settings = (world / "target", world / "data", out), Settings(**(FAST | settings))
-    return draft_module.train(*folders, settings, recipe, held_out=3, device="cpu", log=lambda _: None)
+    how = {"drafter": drafter, "held_out": 3, "device": "cpu", "log": lambda _: None}
+    return draft_module.train(*folders, settings, recipe, **how)
 
 
 @pytest.mark.parametrize("recipe", ["paper", "on-policy"])
@@ -67,6 +70,43 @@ def test_both_recipes(world, recipe, tmp_path):
     moved = uncached(draft.model.bfloat16(), ids) - uncached(plain, ids)
     assert moved.abs().max() < 0.1 < (uncached(plain, ids) - uncached(model, ids)).abs().max()
     said = model.generate(ids, custom_generate=speculative_generate, assistant_model=shared)
+    assert said.shape[0] == 2 and said.shape[1] > 9
+
+
+@pytest.mark.parametrize("recipe", ["paper", "on-policy"])
+def test_a_hidden_drafter_learns_goes_on_after_a_kill_and_speaks(world, recipe, tmp_path, monkeypatch):
+    settings = {"steps": 20, "save_every": 5, "learning_rate": 1e-2, "drafter": "hidden"}
+    drawn = []
+
+    def killed(task, items, rng):
+        drawn.append(len(items))
+        if len(drawn) > 12:
+            raise RuntimeError("killed")
+        return items
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(HiddenTask, "draw", killed)
+        train(world, tmp_path / "killed", recipe, **settings)
+    assert (tmp_path / "killed" / "checkpoint.pt").exists()
+    draft, rows = train(world, tmp_path / "killed", recipe, **settings)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"] and 0 < rows[-1]["dev_acceptance_4"] < 1
+    whole, same = train(world, tmp_path / "whole", recipe, **settings)
+    own = own_parameters(draft)
+    assert all(torch.equal(value, own[name]) for name, value in own_parameters(whole).items())
+    assert [row["loss"] for row in same] == [row["loss"] for row in rows]
+
+    folder = tmp_path / "whole"
+    about, card = json.loads((folder / "draft.json").read_text()), (folder / "README.md").read_text()
+    assert about["layers"] == {"rank": 128, "taps": [2, 4, 6]} and "after layers 2, 4, 6" in card
+    assert f"recipe {recipe}" in card and str(world) not in card and not (folder / "model.safetensors").exists()
+    with safe_open(folder / "draft.safetensors", "pt") as file:
+        assert set(file.keys()) == own.keys() and file.get_tensor("joiner.weight").dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(world / "target")
+    again = load_draft(folder, model)
+    assert again.get_input_embeddings() is model.get_input_embeddings() and again.dtype == torch.bfloat16
+    assert all(torch.equal(value, own[name].bfloat16()) for name, value in own_parameters(again).items())
+    ids = torch.randint(3, VOCAB, (2, 9))
+    said = model.generate(ids, custom_generate=speculative_generate, assistant_model=again, tolerance=0.0)
     assert said.shape[0] == 2 and said.shape[1] > 9
 
 
@@ -102,11 +142,25 @@ def test_training_logits_are_the_models(world):
     assert batch.labels.tolist() == [i for one in examples for i in [*one.speech.tolist(), EOS]]
 
 
-def test_the_command(world, tmp_path, capsys):
+@pytest.mark.parametrize("drafter, left", [("paper", "model.safetensors"), ("hidden", "draft.safetensors")])
+def test_the_command(world, drafter, left, tmp_path, capsys):
     folders = ["--target", str(world / "target"), "--data", str(world / "data"), "--out", str(tmp_path)]
-    options = ["--steps", "2", "--batch", "4", "--held-out", "2", "--precision", "fp32", "--device", "cpu"]
+    options = [
+        "--drafter",
+        drafter,
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--held-out",
+        "2",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
     assert cli.main(["train-draft", *folders, *options]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'draft.json'}\n" and (tmp_path / "config.json").is_file()
+    assert capsys.readouterr().out == f"{tmp_path / 'draft.json'}\n" and (tmp_path / left).is_file()
 
 
 def test_bad_targets_say_so(world, tmp_path):
@@ -132,6 +186,18 @@ def test_bad_targets_say_so(world, tmp_path):
 
 def test_a_draft_of_another_target_is_refused(world, tmp_path):
     train(world, tmp_path, "paper", steps=2)
+    train(world, tmp_path / "hidden", "paper", "hidden", steps=2)
     other = tiny("llama", layers=6, vocab=VOCAB, seed=5)
-    with pytest.raises(InputError, match="trained for another target"):
-        load_draft(tmp_path, other)
+    for folder in (tmp_path, tmp_path / "hidden"):
+        with pytest.raises(InputError, match="trained for another target"):
+            load_draft(folder, other)
+    train(world, tmp_path / "hidden", "paper", "hidden", steps=2)  # it is done: read from the folder
+    with pytest.raises(InputError, match="is of a run with loss"):
+        train(world, tmp_path / "hidden", "paper", steps=2)
+
+
+def test_a_hidden_drafter_needs_one_width(world):
+    target = load_target(world / "target")
+    target.lm.model.set_input_embeddings(torch.nn.Embedding(VOCAB, 8))
+    with pytest.raises(InputError, match="has embeddings of width 8 and hidden states of 16"):
+        HiddenTask(target)

@@ -81,11 +81,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(drafter, tmp_path)
 def test_a_later_slot_of_a_block_counts_for_less():
     torch.manual_seed(0)
     task, items = BlockTask(tiny_target(), layers=1, slots=3), utterances(2)
-    assert task.draft.sizes == {"rank": 128, "layers": 1, "slots": 3} and task.draft.masks.shape == (2, 16)
+    assert task.draft.sizes == {"rank": 128, "taps": [1, 2, 4], "layers": 1, "slots": 3}
+    assert task.draft.masks.shape == (2, 16)
     task.precision = "fp32"
     batch, lm = task.target.collate(items), task.target.lm
-    hidden, features = lm.hidden(batch.embedded)
-    q = task.target.deployed(lm.head(hidden[batch.at]), batch.history)
+    logits, features = lm.with_features(batch.embedded, batch.at)
+    q = task.target.deployed(logits, batch.history)
     made = task.made(features, batch.embedded, batch.at[:, 1:])
     terms, weights = torch.stack([loop.divergence(x / 0.8, q) for x in made]), torch.tensor([1, 0.8, 0.64])
     torch.testing.assert_close(task(items)["loss"], (terms * weights).sum() / weights.sum())

@@ -106,11 +106,9 @@ class OpenVINOLM:
 class _Whole:
     """A causal model of transformers as ``_graph`` knows a SpeechLM: tokens are ids of its one vocabulary."""
 
-    taps = ()
-
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, taps: tuple[int, ...] = ()) -> None:
         self.model, self.head = model.base_model, model.get_output_embeddings()
-        self.speech_embedding = model.get_input_embeddings()
+        self.speech_embedding, self.taps = model.get_input_embeddings(), taps
 
     def weights(self) -> list[Tensor]:
         """Those that stand in the graph: embeddings are looked up outside of it."""
@@ -120,13 +118,16 @@ class _Whole:
 _CAUSAL: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # causal model -> (its weights' state, OpenVINOLM)
 
 
-def causal(model: PreTrainedModel) -> OpenVINOLM:
-    """A causal model's forwards, compiled anew only where weights or threads changed. InputError as ``OpenVINOLM``."""
+def causal(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> OpenVINOLM:
+    """A causal model's forwards, or a ``HiddenDraft``'s; compiled anew only where weights, threads or taps changed.
+
+    InputError as ``OpenVINOLM``.
+    """
     check_decoder(model.base_model)
     if model.dtype != torch.float32:
         raise InputError(f"runtime openvino computes in float32, the model is {model.dtype}: call model.float()")
-    whole, threads = _Whole(model), torch.get_num_threads()
-    state = threads, [(weight.data_ptr(), weight._version) for weight in whole.weights()]
+    whole, threads = _Whole(model, taps), torch.get_num_threads()
+    state = threads, taps, [(weight.data_ptr(), weight._version) for weight in whole.weights()]
     if model not in _CAUSAL or _CAUSAL[model][0] != state:
         _CAUSAL[model] = state, OpenVINOLM(whole, threads)
     return _CAUSAL[model][1]
