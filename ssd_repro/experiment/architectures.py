@@ -22,7 +22,7 @@ from .statistics import MEASURES, difference, ratio_of_sums
 from .style import TARGET, maths, titled
 from .systems import AUTOREGRESSIVE, System
 from .tables import estimate, readable
-from .theory import predict
+from .theory import setting
 
 NAME = "architectures"  # of the rows file
 NOTEBOOK = "17_architectures"
@@ -107,17 +107,12 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def _point(at: str, rows: pd.DataFrame) -> dict[str, float]:
     """The columns of one setting of SSD; ``at`` ends their names."""
     length = int(rows.draft_length.iloc[0])
-    found = predict(rows, length)
-    c, verify = found["draft / target step"], found["verification / target step"]
+    found = setting(rows, length)
+    found["price"] = length * found["c"] + found["V"]
+    named = ((name.partition("_"), value) for name, value in found.items())
     return {
         **estimate(f"acceptance, {at}", ratio_of_sums, rows.accepted, rows.drafted),
-        f"tokens per call, {at}": found["tokens per round"],
-        f"c, {at}": c,
-        f"V, {at}": verify,
-        f"price, {at}": length * c + verify,
-        f"speed-up, {at}": found["measured"],
-        **{f"speed-up, {at}_{end}": found[f"measured_{end}"] for end in ("low", "high")},
-        f"predicted, {at}": found["costs"],
+        **{f"{name}, {at}{line}{end}": value for (name, line, end), value in named},
     }
 
 
@@ -135,7 +130,7 @@ def speeds(found: pd.DataFrame) -> pd.DataFrame:
 
 def reasons(found: pd.DataFrame) -> pd.DataFrame:
     """Of a ``table``, to read: a row per family and beta, what a round makes and what it costs."""
-    names, lines = ("acceptance", "tokens per call", "c", "V", "price", "predicted"), {}
+    names, lines = ("acceptance", "tokens a round", "c", "V", "price", "predicted"), {}
     for label, line in found.iterrows():
         for at in settings_of(found):
             columns = {name + end: f"{name}, {at}{end}" for name in names for end in ("", "_low", "_high")}
@@ -146,7 +141,7 @@ def reasons(found: pd.DataFrame) -> pd.DataFrame:
 def verdict(line: pd.Series, at: str) -> str:
     """Whether SSD is the faster one, and by which of the three numbers it is not."""
     low, high = bounds(line, f"speed-up, {at}")
-    tokens, c, verify = (line[f"{name}, {at}"] for name in ("tokens per call", "c", "V"))
+    tokens, c, verify = (line[f"{name}, {at}"] for name in ("tokens a round", "c", "V"))
     shown = f"{at}: {value(line, f'speed-up, {at}')} times as fast"
     if low > 1:
         return f"{shown}, it holds"
@@ -181,15 +176,15 @@ def draw(found: pd.DataFrame, axes) -> None:
         left.plot(speeds, y, "o", color=shade, label=maths(at))
         left.hlines(y, found[f"speed-up, {at}_low"], found[f"speed-up, {at}_high"], color=shade)
         left.plot(found[f"predicted, {at}"], y, "x", color=shade)
-        right.plot(found[f"price, {at}"], found[f"tokens per call, {at}"], "o", color=shade)
+        right.plot(found[f"price, {at}"], found[f"tokens a round, {at}"], "o", color=shade)
         for label, line in found.iterrows():
-            at_point = (line[f"price, {at}"], line[f"tokens per call, {at}"])
+            at_point = (line[f"price, {at}"], line[f"tokens a round, {at}"])
             right.annotate(label, at_point, (5, 4), textcoords="offset points", fontsize=8.5)
     left.axvline(1, color="grey", linestyle=":")
     left.set_yticks(places, found.index)
     left.set(xlabel="speed-up per token (cross: predicted)", ylim=(len(found) - 0.5, -0.5))
     left.legend(frameon=False, fontsize=9)
-    ends = [found[f"price, {at}"] for at in asked] + [found[f"tokens per call, {at}"] for at in asked]
+    ends = [found[f"price, {at}"] for at in asked] + [found[f"tokens a round, {at}"] for at in asked]
     low, high = min(map(min, ends)), max(map(max, ends))
     right.plot([low, high], [low, high], color=TARGET, linestyle=":")
     right.set(xlabel="price of a round, target steps", ylabel="tokens a round (above the line SSD pays)")

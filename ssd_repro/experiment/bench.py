@@ -94,9 +94,8 @@ class Bench:
 
     def __init__(self, voice, tolerance: float, draft_length: int, longest: int, compile: bool) -> None:
         self.voice, self.device, self.longest, self.warm = voice, voice.device, longest, False
-        drafters = [name for name in voice.drafters if name != "paper"]
-        hidden = voice.drafters["hidden"].draft if "hidden" in drafters else None
-        self.systems = contenders(voice.runtime, tolerance, compile, drafters)
+        hidden = voice.drafters["hidden"].draft if "hidden" in voice.others else None
+        self.systems = contenders(voice.runtime, tolerance, compile, voice.others)
         self.theirs = cache(partial(Transformers, voice.target, voice.draft, hidden))  # made when first asked for
         # transformers bans by a mask, all stop tokens or none; RAS is left out, for nobody else has it.
         sampler = replace(voice.sampler, ras=False, bans_by_mask=True)

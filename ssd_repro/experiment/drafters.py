@@ -9,7 +9,7 @@ import pandas as pd
 from .conclusions import value
 from .style import SSD, TARGET, colour, legend_below, maths, titled
 from .tables import readable
-from .theory import predict
+from .theory import setting
 
 NOTEBOOK = "18_drafters"
 LABELS = {"paper": "paper's", "hidden": "hidden-state"}  # other drafters bear the names that they have everywhere
@@ -33,20 +33,13 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     ssd = rows[rows.method == "speculative"]
     lines = []
     for (drafter, beta, length), of in ssd.groupby([ssd.drafter.fillna("paper"), "tolerance", "draft_length"]):
-        found = predict(of, int(length))
         lines.append(
             {
                 "drafter": LABELS.get(drafter, drafter),
                 "beta": beta,
                 "L_d": int(length),
                 "acceptance": of.accepted.sum() / of.drafted.sum(),
-                "tokens a round": found["tokens per round"],
-                "c": found["draft / target step"],
-                "V": found["verification / target step"],
-                "speed-up": found["measured"],
-                "speed-up_low": found["measured_low"],
-                "speed-up_high": found["measured_high"],
-                "predicted": found["costs"],
+                **setting(of, int(length)),
                 "n": len(of),
             }
         )

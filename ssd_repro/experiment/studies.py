@@ -27,7 +27,7 @@ def _of_table1(p: dict, scored: bool = True) -> list[System]:
 def _other_drafters(voice: Voice, p: dict) -> list[System]:
     """Each of the voice's other drafters without loss and at the tolerance, and at its FASTEST on this device."""
     found = []
-    for name in (name for name in voice.drafters if name != "paper"):
+    for name in voice.others:
         plain = System("speculative", 0.0, DRAFT_LENGTHS[name], drafter=name)
         tolerant = replace(plain, tolerance=p["tolerance"])
         lossless, relaxed = FASTEST.get((name, voice.device.type), ([], []))
@@ -39,7 +39,7 @@ def _other_drafters(voice: Voice, p: dict) -> list[System]:
 def _each_drafter(voice: Voice, p: dict) -> list[System]:
     """Every drafter at every length, without loss and, of those that learned, at the tolerance; unscored."""
     found = []
-    for name in (None, *(name for name in voice.drafters if name != "paper"), *voice.untrained):
+    for name in (None, *voice.others, *voice.untrained):
         betas = (0.0,) if name in voice.untrained else (0.0, p["tolerance"])
         found += [System("speculative", b, n, drafter=name, scored=False) for b in betas for n in p["lengths"]]
     return found

@@ -86,3 +86,15 @@ def predict(rows: pd.DataFrame, length: int) -> dict[str, float]:
         "loop %": rest,
         "left %": 100 * (1 - measured / with_costs) - prefill - rest,
     }
+
+
+def setting(rows: pd.DataFrame, length: int) -> dict[str, float]:
+    """Of one SSD setting what tables of several show: tokens a round, c and V in target steps, speed-up, prediction."""
+    found = predict(rows, length)
+    return {
+        "tokens a round": found["tokens per round"],
+        "c": found["draft / target step"],
+        "V": found["verification / target step"],
+        **{f"speed-up{end}": found[f"measured{end}"] for end in ("", "_low", "_high")},
+        "predicted": found["costs"],
+    }

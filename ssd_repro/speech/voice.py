@@ -88,6 +88,11 @@ class Voice:
         self.audible, self.sample_rate, self.gap_seconds = front.audible, front.sample_rate, front.gap_seconds
         self.vocode, self.reference, self.utterances = front.vocode, front.reference, front.utterances
 
+    @property
+    def others(self) -> list[str]:
+        """Names of the trained drafters beside the paper's."""
+        return [name for name in self.drafters if name != "paper"]
+
     def check(
         self,
         text,

@@ -42,9 +42,9 @@ def test_table_by_hand():
     assert llama["c, beta 0.4"] == pytest.approx(0.1) and llama["V, beta 0.4"] == pytest.approx(1.1)
     assert llama["price, beta 0.4"] == pytest.approx(1.4)
     expected = 1 + 0.8 + 0.8**2 + 0.8**3
-    assert llama["tokens per call, beta 0.4"] == pytest.approx(expected, rel=0.05)
+    assert llama["tokens a round, beta 0.4"] == pytest.approx(expected, rel=0.05)
     for at in ("beta 0", "beta 0.4"):
-        assert llama[f"predicted, {at}"] == pytest.approx(llama[f"tokens per call, {at}"] / llama[f"price, {at}"])
+        assert llama[f"predicted, {at}"] == pytest.approx(llama[f"tokens a round, {at}"] / llama[f"price, {at}"])
     assert llama["speed-up, beta 0.4"] == pytest.approx(llama["predicted, beta 0.4"], rel=0.05)
     assert llama["speed-up, beta 0.4_low"] < llama["speed-up, beta 0.4"] < llama["speed-up, beta 0.4_high"]
     assert neox["price, beta 0"] == pytest.approx(3 * 0.6 + 1.1) and neox["speed-up, beta 0.4"] < 1
