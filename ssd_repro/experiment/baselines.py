@@ -122,7 +122,7 @@ class Transformers:
         assistant = {"assistant_model": self.hidden if drafter == "hidden" else self.draft} if assisted else {}
         if custom:
             assistant |= {"custom_generate": speculative_generate, "tolerance": config.tolerance}
-            assistant |= {"draft_length": config.draft_length, "runtime": custom}
+            assistant |= {"draft_length": config.draft_length, "verification": config.verification, "runtime": custom}
         torch.manual_seed(seed)  # transformers draws from torch's own generator
         given = {"attention_mask": torch.ones_like(ids), "logits_processor": [Law(config.sampler)], **assistant}
         made = self.target.generate(ids, settings, **given)

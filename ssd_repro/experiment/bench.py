@@ -37,12 +37,14 @@ class Contender:
     runtime: str
     tolerance: float | None = None
     drafter: str = "paper"
+    verification: str = "token"
 
 
 def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> list[Contender]:
     """transformers' three; ours, and our loop in transformers, on ``runtime`` and on eager; other ``drafters``.
 
-    The hidden-state drafter is in transformers on eager forwards alone, and without loss: as assisted generation is.
+    The hidden-state drafter is in transformers on eager forwards alone, and without loss, as assisted generation is;
+    its drafts are verified jointly.
     """
     theirs = {"": THEIRS[0]} | ({"_compiled": THEIRS[1]} if compile else {})
     ours = {"": runtime} | ({"_eager": "eager"} if runtime != "eager" else {})
@@ -52,7 +54,7 @@ def contenders(runtime: str, tolerance: float, compile: bool, drafters=()) -> li
     found = [Contender(name + end, run, beta) for name, beta, runs in kinds for end, run in runs.items()]
     others = [(name, beta, drafter) for drafter in drafters for name, beta in (("ssd0", 0.0), ("ssd", tolerance))]
     if "hidden" in drafters:
-        found.append(Contender(f"{CUSTOM}_hidden", THEIRS[0], 0.0, "hidden"))
+        found.append(Contender(f"{CUSTOM}_hidden", THEIRS[0], 0.0, "hidden", "block"))
     return found + [Contender(f"{name}_{drafter}", runtime, beta, drafter) for name, beta, drafter in others]
 
 
@@ -128,7 +130,7 @@ class Bench:
         models = models or (ours if own else (self.voice.target, self.voice.draft))
         tokens, seconds, results, joules = 0, 0.0, [], cost.joules(self.device)
         for prefix, config in pieces:
-            config = replace(config, tolerance=contender.tolerance or 0.0)
+            config = replace(config, tolerance=contender.tolerance or 0.0, verification=contender.verification)
             assisted, generator = contender.tolerance is not None, torch.Generator(self.device).manual_seed(seed)
             if contender.runtime in THEIRS:
                 theirs = self.theirs(contender.runtime == THEIRS[1])

@@ -17,7 +17,7 @@ LABELS = {
     "hf_generate": "transformers generate",
     "hf_assisted": "transformers assisted generation",
     "hf_custom": "transformers, custom_generate=speculative_generate",
-    "hf_custom_hidden": "transformers, custom_generate=speculative_generate, hidden drafter",
+    "hf_custom_hidden": "transformers, custom_generate=speculative_generate, hidden drafter, block",
     "ar": "ours, autoregressive",
     "ssd0": "ours, SSD, beta 0",
     "ssd": "ours, SSD, beta {beta:g}",

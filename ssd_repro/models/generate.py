@@ -52,6 +52,7 @@ def speculative_generate(
     streamer=None,
     tolerance: float = 0.4,
     draft_length: int = 3,
+    verification: str = "token",
     runtime: str = "eager",
     **model_kwargs,
 ) -> Tensor | SpeculativeOutput:
@@ -62,6 +63,7 @@ def speculative_generate(
     tolerance        beta, from 0 (the target's own distribution) to 1. With do_sample=False it has no effect:
                      greedy decoding is exact
     draft_length     tokens that the draft proposes in a round, from 1 to 64
+    verification     token: each drafted token by itself; block: all jointly, no fewer are accepted (tolerance 0 only)
     runtime          eager: the models' own forwards. openvino: for fp32 Qwen2, Llama and Qwen3 models on a CPU, about
                      twice as fast; the weights are in memory a second time while the model lives, changed weights are
                      seen, and no past_key_values come back
@@ -82,7 +84,7 @@ def speculative_generate(
     if input_ids.device != model.device:
         raise InputError(f"input_ids are on {input_ids.device}, the model is on {model.device}: move them there.")
     prefixes = _prefixes(input_ids, model_kwargs, draft)
-    config = _config(input_ids, stopping_criteria, generation_config, tolerance, draft_length)
+    config = _config(input_ids, stopping_criteria, generation_config, tolerance, draft_length, verification)
     greedy = not generation_config.do_sample
     laws = [law_of_row(logits_processor, row, prompt, greedy) for row, prompt in enumerate(input_ids)]
     given = model_kwargs["past_key_values"]
@@ -196,7 +198,9 @@ def _check_request(generation_config: GenerationConfig, model_kwargs: dict) -> N
         raise InputError(f"past_key_values holds {held} positions; it must be empty.")
 
 
-def _config(input_ids, stopping_criteria, generation_config, tolerance: float, draft_length: int) -> DecodeConfig:
+def _config(
+    input_ids, stopping_criteria, generation_config, tolerance: float, draft_length: int, verification: str = "token"
+) -> DecodeConfig:
     """The loop's configuration, without a law; InputError for stopping criteria that look at more than one token."""
     stops, longest = set(), generation_config.max_length
     for one in stopping_criteria:
@@ -210,9 +214,8 @@ def _config(input_ids, stopping_criteria, generation_config, tolerance: float, d
                 "give eos_token_id and max_new_tokens."
             )
     room = longest - input_ids.shape[1]
-    config = DecodeConfig(
-        max_tokens=room, stop_ids=tuple(sorted(stops)), draft_length=draft_length, tolerance=tolerance
-    )
+    how = {"draft_length": draft_length, "tolerance": tolerance, "verification": verification}
+    config = DecodeConfig(max_tokens=room, stop_ids=tuple(sorted(stops)), **how)
     return config if generation_config.do_sample else replace(config, tolerance=0.0)
 
 

@@ -140,7 +140,7 @@ def test_a_hidden_drafter_is_measured_inside_transformers_on_eager(tmp_path):
     (row,) = rows[rows.system == "hf_custom_hidden"].itertuples()
     assert (row.runtime, row.tolerance, row.drafter, row.tokens) == ("transformers", 0.0, "hidden", 6)
     assert "hf_custom_hidden_over_hf_assisted" in speed.ratios(rows).index
-    assert "transformers, custom_generate=speculative_generate, hidden drafter" in speed.side_by_side(rows).index
+    assert "transformers, custom_generate=speculative_generate, hidden drafter, block" in speed.side_by_side(rows).index
 
 
 def test_bench_as_a_command(fake, tmp_path, capsys):

@@ -253,20 +253,21 @@ def sequence_law(laws) -> dict:
 
 CASES = [*((family, "plain") for family in FAMILIES), ("llama", "warped"), ("gemma3", "history")]
 CASES += [(family, "plain", "hidden") for family in FAMILIES] + [("qwen2", "history", "hidden")]
+CASES += [("qwen3", "warped", "hidden", "block"), ("llama", "plain", "paper", "block")]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_law_of_generate_without_chance(case, monkeypatch):
     """At beta = 0, to six digits: ``generate`` itself, through every branch that its loop can take."""
-    family, name, *hidden = case
+    family, name, drafter, verification = (*case, *("paper", "token")[len(case) - 2 :])
     sampling = SAMPLING[name]
     model, draft = SMALL[family]
-    draft = hidden_of(model) if hidden else draft
+    draft = hidden_of(model) if drafter == "hidden" else draft
     ids = torch.tensor([[3, 2, 0, 2, 3]])
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": True}
 
     def run():
-        return tuple(speculate(model, draft, **asked, **sampling)[0, 5:].tolist())
+        return tuple(speculate(model, draft, **asked, verification=verification, **sampling)[0, 5:].tolist())
 
     got = law_of_all_branches(run, monkeypatch)
     want = sequence_law(steps(model, ids, asked["attention_mask"], **sampling)[0])
