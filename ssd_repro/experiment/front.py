@@ -1,11 +1,12 @@
 """README's first screen, made from the tables of one results folder: what was measured, four to five rows, and why.
 
-Beside it a paragraph on a GPU, from the folder ``gpu`` next to it, and the words of the lossless drafter on more
-utterances, from ``voice``.
+Beside it a paragraph on each machine of ELSEWHERE, from the folders next to it, and the words of the lossless drafter on
+more utterances, from ``voice``.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ from .provenance import all_provenance
 from .tables import number
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
-ON_GPU = "**On a GPU**"
+ELSEWHERE = {"**On a GPU**": "gpu", "**On a slower machine**": "xeon"}  # how a paragraph begins -> its results folder
 BETA = 0.4  # of the paper's Table 1
 
 
@@ -34,9 +35,11 @@ def renew(text: str, folder: Path) -> str:
     voice = all_provenance(folder).get("01_table1", {}).get("weights")
     words = _words(Path(folder).parent / "voice" / "tables" / "lossless.csv", voice)
     made = dict(zip(BEGINS, made_of(table.set_index("system"), theory, words), strict=True))
-    gpu = Path(folder).parent / "gpu"
-    if ON_GPU in text and (other := gpu / "tables" / "table1.csv").is_file():
-        made[ON_GPU] = _on_gpu(pd.read_csv(other).set_index("system"), all_provenance(gpu)["01_table1"], voice)
+    for begin, name in ELSEWHERE.items():
+        there = Path(folder).parent / name
+        if begin in text and (other := there / "tables" / "table1.csv").is_file():
+            about = all_provenance(there)["01_table1"]
+            made[begin] = _elsewhere(begin, pd.read_csv(other).set_index("system"), about, voice)
     for begin, paragraph in made.items():
         places = [i for i, old in enumerate(paragraphs) if old.startswith(begin)]
         if len(places) != 1:
@@ -100,14 +103,13 @@ def _claim(table: pd.DataFrame, lossless: pd.Series | None) -> str:
     )
 
 
-def _on_gpu(table: pd.DataFrame, about: dict, voice: str | None) -> str:
+def _elsewhere(begin: str, table: pd.DataFrame, about: dict, voice: str | None) -> str:
     """table: its Table 1 by system; about: the entry of provenance.json that made it; voice: this folder's."""
     ssd, alone, lossless = table.loc["SSD"], table.loc["Autoregressive"], _fastest(table, "beta 0, ")
     other = f", with another voice than above, {about['weights']}" if voice != about["weights"] else ""
-    said = (
-        f"{ON_GPU} ({about['chip']}, {about['parameters']['precision']}, CUDA graphs, {alone.n:g} sentences{other}) "
-        f"the paper's recipe is {value(ssd, 'speed-up')} times as fast as the target alone"
-    )
+    chip = re.sub(r"\(R\)| Processor", "", about["chip"])
+    how = f"{about['parameters']['precision']}, CUDA graphs, " if about["device"] == "cuda" else ""
+    said = f"{begin} ({chip}, {how}{alone.n:g} sentences{other}) the paper's recipe is {value(ssd, 'speed-up')} times as fast as the target alone"
     if (own := _fastest(table, f"on-policy drafter, beta {BETA:g}, ")) is not None:
         said += (
             f", the same layers trained on the target's own speech {value(own, 'speed-up')} times, at a WER of "
