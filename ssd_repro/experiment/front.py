@@ -1,7 +1,7 @@
 """README's first screen, made from the tables of one results folder: what was measured, four to five rows, and why.
 
-Beside it a paragraph on each machine of ELSEWHERE, from the folders next to it, and the words of the lossless drafter on
-more utterances, from ``voice``.
+Beside it a paragraph on each machine of ELSEWHERE, from the folders next to it, and the words of the lossless drafter
+on more utterances, from ``voice``.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def _elsewhere(begin: str, table: pd.DataFrame, about: dict, voice: str | None) 
     other = f", with another voice than above, {about['weights']}" if voice != about["weights"] else ""
     chip = re.sub(r"\(R\)| Processor", "", about["chip"])
     how = f"{about['parameters']['precision']}, CUDA graphs, " if about["device"] == "cuda" else ""
-    said = f"{begin} ({chip}, {how}{alone.n:g} sentences{other}) the paper's recipe is {value(ssd, 'speed-up')} times as fast as the target alone"
+    said = (
+        f"{begin} ({chip}, {how}{alone.n:g} sentences{other}) the paper's recipe is {value(ssd, 'speed-up')} times as "
+        "fast as the target alone"
+    )
     if (own := _fastest(table, f"on-policy drafter, beta {BETA:g}, ")) is not None:
         said += (
             f", the same layers trained on the target's own speech {value(own, 'speed-up')} times, at a WER of "
