@@ -11,11 +11,17 @@ from ..errors import InputError
 
 def blank_caches(lm, rows: int, cells: int) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of a SpeechLM, one of zeros for each layer: (rows, kv heads, cells, head size)."""
-    config, weight = lm.model.config, lm.head.weight
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = rows, config.num_key_value_heads, cells, size
-    keys, values = ([weight.new_zeros(shape) for _ in lm.model.layers] for _ in range(2))
+    heads, size = kv_shape(lm)
+    shape = rows, heads, cells, size
+    keys, values = ([lm.head.weight.new_zeros(shape) for _ in lm.model.layers] for _ in range(2))
     return keys, values
+
+
+def kv_shape(lm) -> tuple[int, int]:
+    """A SpeechLM's kv heads, and their size."""
+    config = lm.model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, size
 
 
 class BatchSession:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..decoding.drafters import BlockDrafter, LanguageModel
 from .hidden_draft import HiddenDraft, HiddenDraftLM
-from .speech_lm import SpeechLM
+from .speech_lm import SpeechLM, cast_parameters
 
 
 class BlockDraft(HiddenDraft):
@@ -28,8 +28,8 @@ class BlockDraft(HiddenDraft):
         self.cell, self.carry = nn.GRUCell(2 * hidden, rank), nn.Linear(rank, rank, bias=False)
         self.masks = nn.Parameter(0.02 * torch.randn(slots - 1, hidden))
         nn.init.zeros_(self.carry.weight)  # at first the head hears the hidden state alone
-        for own in (*self.cell.parameters(), *self.carry.parameters(), self.masks):
-            own.data = own.data.to(self.joiner.weight)
+        self.to(self.device)
+        cast_parameters(self, self.dtype)
 
     @property
     def ends(self) -> tuple[nn.Linear, nn.Linear]:

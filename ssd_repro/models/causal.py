@@ -210,16 +210,19 @@ class CausalLM(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, at: Tensor | None = None) -> Tensor:
         """As ``SpeechLM.forward``; logits are computed at places where any row wants them."""
-        return self.with_features(inputs_embeds, at)[0]
+        return self._made(inputs_embeds, at, ())[0]
 
     def with_features(self, inputs_embeds: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """As ``SpeechLM.with_features``."""
-        asked = {"output_hidden_states": True} if self.taps else {}
+        return self._made(inputs_embeds, at, self.taps)
+
+    def _made(self, inputs_embeds: Tensor, at: Tensor | None, taps: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        asked = {"output_hidden_states": True} if taps else {}
         if at is not None and self.model._supports_logits_to_keep():
             asked["logits_to_keep"] = places = at.any(0).nonzero()[:, 0]
             at = at[:, places]
         made = self.model(inputs_embeds=inputs_embeds, use_cache=False, **asked)
-        return made.logits if at is None else made.logits[at], features_at(self.taps, made.hidden_states)
+        return made.logits if at is None else made.logits[at], features_at(taps, made.hidden_states)
 
     def session(self) -> CausalSession:
         return CausalSession(self.model, new_cache(self.model), self.taps)

@@ -9,7 +9,7 @@ from ..decoding.drafters import HiddenDrafter, LanguageModel, Session
 from ..errors import InputError
 from .causal import CausalLM
 from .families import small_qwen2
-from .speech_lm import SpeechLM
+from .speech_lm import PRECISIONS, SpeechLM, cast_parameters
 
 ALIKE = ("qwen2", "llama", "mistral")  # families whose last layer a Qwen2 layer can begin as
 TURNING = ("default", "linear", "llama3", "yarn")  # rotary embeddings that depend on the position alone
@@ -54,8 +54,7 @@ class HiddenDraft(nn.Module):
         self.reducer = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
         self.joiner = nn.Linear(2 * hidden, hidden, bias=False)
         self.to(target.head.weight.device)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(target.head.weight.dtype)  # the rotary frequencies stay float32
+        cast_parameters(self, target.head.weight.dtype)
         self.lm.speech_embedding = embedding.requires_grad_(False)
 
     @property
@@ -105,8 +104,7 @@ class HiddenDraft(nn.Module):
     def cast(self, precision: str) -> HiddenDraft:
         """As ``SpeechLM.cast``; the speech embedding is the target's, and changes with it."""
         self.lm.cast(precision)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(self.lm.head.weight.dtype)
+        cast_parameters(self, PRECISIONS[precision])
         return self
 
     def on(self, lm: LanguageModel) -> HiddenDraftLM:

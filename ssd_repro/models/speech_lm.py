@@ -45,11 +45,14 @@ class SpeechLM(nn.Module):
 
         at: bool (B, T), of n places -> the logits of these alone, (n, V).
         """
-        return self.with_features(inputs_embeds, at)[0]
+        return self._made(inputs_embeds, at, ())[0]
 
     def with_features(self, inputs_embeds: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``forward``, and the hidden states at the ``taps``, (B, T, taps x hidden); None without taps."""
-        hidden, features = _decode(self.model, inputs_embeds, 0, None, self.taps)
+        return self._made(inputs_embeds, at, self.taps)
+
+    def _made(self, inputs_embeds: Tensor, at: Tensor | None, taps: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        hidden, features = _decode(self.model, inputs_embeds, 0, None, taps)
         return self.head(hidden if at is None else hidden[at]), features
 
     def session(self) -> Session:
@@ -68,9 +71,14 @@ class SpeechLM(nn.Module):
         """
         if precision not in PRECISIONS:
             raise InputError(f"precision {precision!r} is unknown: choose {' or '.join(PRECISIONS)}")
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(PRECISIONS[precision])
+        cast_parameters(self, PRECISIONS[precision])
         return self
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """In place; buffers stay as they are, the rotary frequencies among them."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 class Session:

@@ -89,7 +89,7 @@ class FusedDecoder:
         return made[None], torch.cat([kept[tap] for tap in self.taps], -1)[None] if self.taps else None
 
     def _attend(self, layer: Layer, x: Tensor, positions: Tensor, cache: Tensor, cos, sin, unseen) -> Tensor:
-        n, width = x.shape
+        n = len(x)
         made = F.linear(self._normed(x, layer.before_attention), layer.qkv, layer.qkv_bias)
         made = made.view(n, self.heads + 2 * self.kv_heads, -1)
         size = made.shape[-1]
@@ -101,7 +101,7 @@ class FusedDecoder:
         query = made[:, : self.heads].reshape(shape).transpose(0, 1).reshape(self.kv_heads, -1, size)
         scores = torch.baddbmm(unseen, query, keys.mT, alpha=size**-0.5)
         said = torch.bmm(scores.softmax(-1), values).view(self.kv_heads, n, -1, size)
-        return torch.addmm(x, said.transpose(0, 1).reshape(n, width), layer.out.T)
+        return torch.addmm(x, said.transpose(0, 1).reshape(n, -1), layer.out.T)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.epsilon)

@@ -23,6 +23,7 @@ from ...decoding.result import DecodeConfig
 from ...decoding.sampling import Sampler, probabilities
 from ...decoding.speculative import Blocks
 from ...errors import InputError, check_number
+from ..batch_session import kv_shape
 from ..speech_lm import Session, SpeechLM
 from .fused import FusedDecoder
 
@@ -86,7 +87,8 @@ class FixedCache:
     def __init__(self, lm: SpeechLM, cells: int) -> None:
         device = lm.head.weight.device
         with torch.inference_mode(False):  # of one kind, wherever a session is opened
-            self.layers = blank_layers(lm, cells)
+            heads, size = kv_shape(lm)
+            self.layers = [lm.head.weight.new_zeros(cells, 2 * heads, size) for _ in lm.model.layers]
             both = [layer.transpose(0, 1)[None].chunk(2, 1) for layer in self.layers]
             self.keys, self.values = ([pair[side] for pair in both] for side in (0, 1))
             self.at = torch.zeros(1, dtype=torch.int64, device=device)
@@ -158,13 +160,6 @@ class StaticSession(Session):
         hidden, features = cache.prefills[padded].play(embeddings)
         self.length, self.features = n, features
         return hidden
-
-
-def blank_layers(lm: SpeechLM, cells: int) -> list[Tensor]:
-    """Zeros, for each layer (cells, 2 x kv heads, head size)."""
-    config, weight = lm.model.config, lm.head.weight
-    shape = cells, 2 * config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    return [weight.new_zeros(shape) for _ in lm.model.layers]
 
 
 # ------------------------------------------------------------------------------- recording
