@@ -21,7 +21,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -196,19 +196,30 @@ def collate(
 
     noise: speech tokens -> what ``lm`` sees in their place; the labels stay.
     """
-    device, rows = lm.head.weight.device, []
-    for example in examples:
-        text, said, prompt_text, prompt_speech = (torch.from_numpy(part).long().to(device) for part in example.parts)
-        shown = torch.cat((prompt_speech, said))
-        embedded = lm.prefix(text, prompt_text, noise(shown) if noise else shown)[0]  # speech goes on like a prompt
-        due = torch.cat((said, said.new_tensor([stop] * example.stopped)))
+    device = lm.head.weight.device
+    parts = [[torch.from_numpy(part).long() for part in example.parts] for example in examples]
+    texts, said, prompts, before = (list(column) for column in zip(*parts, strict=True))
+    texts, prompts = _at_once(texts, device), _at_once(prompts, device)
+    shown = _at_once([torch.cat(pair) for pair in zip(before, said, strict=True)], device, noise)
+    # Speech goes on like a prompt's.
+    embedded = [lm.prefix(*of_one)[0] for of_one in zip(texts, prompts, shown, strict=True)]
+    rows = []
+    for example, speech, whole in zip(examples, said, embedded, strict=True):
+        due = torch.cat((speech, torch.tensor([stop] * example.stopped, dtype=torch.long)))
         kept = torch.ones_like(due, dtype=torch.bool)
         kept[list(example.cuts)] = False
-        begin = len(embedded) - len(said) - 1  # the last place before the speech predicts its first token
-        at = F.pad(kept, (begin, len(embedded) - begin - len(due)))
-        history = F.pad(said, (window, 0), value=-1).unfold(0, window, 1)[: len(due)][kept]
-        pairs = torch.full((len(said), 2), -1) if example.aligned is None else torch.from_numpy(example.aligned)
-        phones = F.pad(pairs.long().to(device), (0, 0, 0, 1), value=-1)[: len(due)]
-        rows.append((embedded, at, due[kept], history, phones[kept]))
-    embedded, at, *others = zip(*rows, strict=True)
-    return Batch(pad_sequence(embedded, batch_first=True), pad_sequence(at, batch_first=True), *map(torch.cat, others))
+        begin = len(whole) - len(speech) - 1  # the last place before the speech predicts its first token
+        at = F.pad(kept, (begin, len(whole) - begin - len(due)))
+        history = F.pad(speech, (window, 0), value=-1).unfold(0, window, 1)[: len(due)][kept]
+        pairs = torch.full((len(speech), 2), -1) if example.aligned is None else torch.from_numpy(example.aligned)
+        phones = F.pad(pairs.long(), (0, 0, 0, 1), value=-1)[: len(due)]
+        rows.append((at, due[kept], history, phones[kept]))
+    at, *others = zip(*rows, strict=True)
+    places = pad_sequence(at, batch_first=True).to(device)
+    return Batch(pad_sequence(embedded, batch_first=True), places, *(torch.cat(each).to(device) for each in others))
+
+
+def _at_once(tensors: list[Tensor], device, noise: Callable[[Tensor], Tensor] | None = None) -> Sequence[Tensor]:
+    """``tensors`` (n,) on the device, through ``noise`` if any: one copy and one call, not one for each of a batch."""
+    whole = torch.cat(tensors).to(device)
+    return (noise(whole) if noise else whole).split([len(one) for one in tensors])
