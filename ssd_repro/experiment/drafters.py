@@ -111,3 +111,17 @@ def logs(folder: Path) -> pd.DataFrame:
                 seen += part.labels.max()
     columns = ["run", "million draws", "acceptance"]
     return pd.concat(found, ignore_index=True).dropna() if found else pd.DataFrame(columns=columns)
+
+
+def by_size(folder: Path) -> pd.DataFrame:
+    """Acceptance on held-out speech of hidden-state drafters that learned from so many utterances, all else equal.
+
+    From ``folder``/voice/tables; a row for each evaluation: utterances, million draws, acceptance (of the first
+    drafted token). Empty without such a log.
+    """
+    path = Path(folder) / "voice" / "tables" / "hidden_log_by_size.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=["utterances", "million draws", "acceptance"])
+    log = pd.read_csv(path).dropna(subset="dev_acceptance_1")
+    draws = {"million draws": log.labels / 1e6, "acceptance": log.dev_acceptance_1}
+    return log[["utterances"]].assign(**draws).reset_index(drop=True)

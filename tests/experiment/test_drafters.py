@@ -76,3 +76,11 @@ def test_logs_go_on_where_a_run_of_the_same_log_ended(tmp_path):
     text = "run,step,labels,dev_acceptance\n1,5,100,0.5\n1,9,200,\n2,4,50,0.6\n"
     write_text(path, text)
     assert drafters.logs(tmp_path).values.tolist() == [["on-policy draft", 1e-4, 0.5], ["on-policy draft", 2.5e-4, 0.6]]
+
+
+def test_the_curve_over_the_data_is_empty_without_its_log_and_has_the_evaluations_of_one(tmp_path):
+    assert drafters.by_size(tmp_path).empty
+    log = "utterances,labels,dev_acceptance_1\n500,1000000,0.5\n500,1500000,\n2000,1000000,0.6\n"
+    (tmp_path / "voice" / "tables").mkdir(parents=True)
+    (tmp_path / "voice" / "tables" / "hidden_log_by_size.csv").write_text(log)
+    assert drafters.by_size(tmp_path).values.tolist() == [[500, 1.0, 0.5], [2000, 1.0, 0.6]]
