@@ -18,9 +18,11 @@ LOGS = {
     "hidden-state, on the teacher's speech": ("hidden_log_second_run", "dev_acceptance_1"),
     "hidden-state, on the target's own": ("hidden_log_on_policy", "dev_acceptance_1"),
     "hidden-state, on the present target's": ("hidden_log_own_speech", "dev_acceptance_1"),
-    "block, on the present target's": ("block_log_own_speech", "dev_acceptance_1"),
+    "hidden-state, towards temperature 1": ("hidden_log_temperature_1", "dev_acceptance_1"),
+    "block, towards temperature 1": ("block_log_own_speech", "dev_acceptance_1"),
     "on-policy draft": ("on_policy_log", "dev_acceptance"),
     "on-policy draft, of the present target": ("on_policy_log_own_speech", "dev_acceptance"),
+    "on-policy draft, towards temperature 1": ("on_policy_log_temperature_1", "dev_acceptance"),
     "paper's draft, of the present target": ("draft_log_own_speech", "dev_acceptance"),
 }
 

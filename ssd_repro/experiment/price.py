@@ -187,7 +187,7 @@ def conclusion(rows: pd.DataFrame, tolerance: float) -> str:
 
 
 def draw(table: pd.DataFrame, axes) -> None:
-    """``frontier`` -> TV over acceptance, a panel for each of at most three drafters, a line for each rule."""
+    """``frontier`` -> TV over acceptance, a panel for each of at most four drafters, a line for each rule."""
     kinds = list(dict.fromkeys(rule.removeprefix(MATCHED) for rule in table.index))
     panels = list(table.groupby("drafter", sort=False))[: len(axes)]
     for ax, (drafter, ours) in zip(axes, panels, strict=False):

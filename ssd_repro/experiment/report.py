@@ -214,7 +214,7 @@ EXHIBITS = {
         study="lengths",
     ),
     "growth_batch": Exhibit("08_growth", speed.over_batches, BATCHES, study="batches"),
-    "price": Exhibit(PRICED, price.frontier, PRICE, price.draw, (1, 3), (WIDTH, 4.4), price.readable, page=_RULES),
+    "price": Exhibit(PRICED, price.frontier, PRICE, price.draw, (1, 4), (WIDTH, 4.4), price.readable, page=_RULES),
     "price_equal": Exhibit(
         PRICED, price.at_equal_acceptance, EQUAL, readable=price.readable, at_setting=True, page=_RULES
     ),
