@@ -86,7 +86,7 @@ def test_a_gpus_paragraph_comes_from_the_folder_beside(folder):
     change(gpu / "tables" / "table1.csv", "SSD", **{"speed-up": 1.999})
     said = front.renew(page, folder).partition("**On a GPU**")[2].partition("\n\n")[0]
     assert (
-        "H100" in said and "recipe is 2.00 [" in said and "own speech 1.4" in said and "best drafter makes it" in said
+        "H200" in said and "recipe is 2.00 [" in said and "own speech 1." in said and "best drafter makes it" in said
     )
     assert "another voice than above" in said  # this folder has no provenance
     (folder / "provenance.json").write_bytes((gpu / "provenance.json").read_bytes())

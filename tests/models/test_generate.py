@@ -394,6 +394,7 @@ def test_openvino_compiles_once_and_forgets_with_the_model():
     kept = openvino._CAUSAL[draft], openvino._CAUSAL[model]
     speculate(model, draft, runtime="openvino", input_ids=IDS[:1], max_new_tokens=4)
     assert kept == (openvino._CAUSAL[draft], openvino._CAUSAL[model]) and kept[1][1] is not first  # it has taps now
+    assert openvino.causal(model) is kept[1][1]  # whoever wants none is served by it
     del model, first, draft, kept
     gc.collect()
     assert len(openvino._CAUSAL) == count

@@ -121,16 +121,18 @@ _CAUSAL: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # causal model
 def causal(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> OpenVINOLM:
     """A causal model's forwards, or a ``HiddenDraft``'s; compiled anew only where weights, threads or taps changed.
 
-    InputError as ``OpenVINOLM``.
+    What has taps serves those who ask for none. InputError as ``OpenVINOLM``.
     """
     check_decoder(model.base_model)
     if model.dtype != torch.float32:
         raise InputError(f"runtime openvino computes in float32, the model is {model.dtype}: call model.float()")
     whole, threads = _Whole(model, taps), torch.get_num_threads()
-    state = threads, taps, [(weight.data_ptr(), weight._version) for weight in whole.weights()]
-    if model not in _CAUSAL or _CAUSAL[model][0] != state:
-        _CAUSAL[model] = state, OpenVINOLM(whole, threads)
-    return _CAUSAL[model][1]
+    state = threads, [(weight.data_ptr(), weight._version) for weight in whole.weights()]
+    known, compiled = _CAUSAL.get(model, (None, None))
+    if known != state or taps not in ((), compiled.lm.taps):
+        compiled = OpenVINOLM(whole, threads)
+        _CAUSAL[model] = state, compiled
+    return compiled
 
 
 class OpenVINOSession:
