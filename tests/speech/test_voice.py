@@ -128,11 +128,11 @@ def test_a_streamed_text_is_the_spoken_one_sample_for_sample_and_begins_early(vo
 
 
 def test_jointly_verified_adaptive_drafts_are_spoken_streamed_and_said_of_the_take(voice):
-    how = {"tolerance": 0.0, "draft_length": 4, "drafter": "hidden", "verification": "block", "confidence": 0.2}
+    how = {"tolerance": 0.0, "draft_length": 4, "drafter": "hidden", "verification": "block", "confidence": 0.15}
     heard = []
     take = voice.speak("So am I.", seed=3, on_tokens=heard.extend, **how)
     np.testing.assert_array_equal(np.concatenate(list(voice.stream("So am I.", seed=3, **how))), take.audio)
-    assert {take.summary()[name] for name in ("verification", "confidence")} == {"block", 0.2}
+    assert {take.summary()[name] for name in ("verification", "confidence")} == {"block", 0.15}
     assert tuple(heard) == take.token_ids
     assert {r.drafted for r in take.sentences[0].rounds} == {0, 1, 2, 3, 4}  # none in the first
 
