@@ -120,8 +120,8 @@ def _elsewhere(begin: str, table: pd.DataFrame, about: dict, voice: str | None) 
         )
     tolerant = _fastest(table, f"drafter, beta {BETA:g}, ")
     return (
-        f"{said}; without any loss the best drafter makes it {value(lossless, 'speed-up')} times as fast, at beta {BETA:g} "
-        f"{value(tolerant, 'speed-up')} times, at a WER of {tolerant['WER %']:.1f} %."
+        f"{said}; without any loss the best drafter makes it {value(lossless, 'speed-up')} times as fast, at beta "
+        f"{BETA:g} {value(tolerant, 'speed-up')} times, at a WER of {tolerant['WER %']:.1f} %."
     )
 
 
