@@ -85,7 +85,9 @@ def test_a_gpus_paragraph_comes_from_the_folder_beside(folder):
     (gpu / "provenance.json").write_bytes((ROOT / "results" / "gpu" / "provenance.json").read_bytes())
     change(gpu / "tables" / "table1.csv", "SSD", **{"speed-up": 1.999})
     said = front.renew(page, folder).partition("**On a GPU**")[2].partition("\n\n")[0]
-    assert "H200" in said and "recipe is 2.00 [" in said and "own speech 1." in said and "best drafter makes it" in said
+    assert (
+        "H200" in said and "recipe is 2.00 [" in said and "own speech 1.5" in said and "best drafter makes it" in said
+    )
     assert "another voice than above" in said  # this folder has no provenance
     (folder / "provenance.json").write_bytes((gpu / "provenance.json").read_bytes())
     assert "another voice" not in front.renew(page, folder)

@@ -244,7 +244,7 @@ def test_what_cannot_be_recorded_runs_as_it_stands(recorded):
 @pytest.mark.parametrize("drafting", ["paper", "hidden", "block"])
 @torch.inference_mode()
 def test_cuda_graphs_say_what_eager_says(drafting):
-    """Said again, they record nothing anew and take no memory from the driver."""
+    """Nothing is recorded after the first utterances, and no memory is taken from the driver."""
     torch.manual_seed(4)
     lm = SpeechLM(small_qwen2(64, 128, 6, 2, 1, vocab=5, initializer_range=0.1), 99).eval().requires_grad_(False)
     hidden = (BlockDraft if drafting == "block" else HiddenDraft)(lm).begin_from(lm).eval().requires_grad_(False)
@@ -256,7 +256,7 @@ def test_cuda_graphs_say_what_eager_says(drafting):
     target, own = StaticLM(lm, 200), StaticLM(draft if drafting == "paper" else hidden.lm, 200)
     static = own if drafting == "paper" else hidden.on(own)
     counts, taken, cuda = [], [], torch.Generator("cuda")
-    for seed in 2 * [*range(6)]:
+    for seed in range(12):
         prefix = torch.randn(1, 8 + seed % 4, 64, generator=generator(seed)).cuda()
         cfg = DecodeConfig(sampler=Sampler(), max_tokens=90 + seed, stop_ids=(97,), min_tokens=20, tolerance=0.2)
         want = speculative(lm, plain, prefix, cfg, cuda.manual_seed(seed))
