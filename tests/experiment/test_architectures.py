@@ -1,6 +1,8 @@
 """Notebook 17: tiny voices of three families from training to table, and its table on rows with known answers."""
 
+import gzip
 from dataclasses import replace
+from itertools import islice
 
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from ssd_repro.errors import InputError
 from ssd_repro.experiment import architectures, metrics, report
 from ssd_repro.files import read_rows, write_text
 from ssd_repro.speech import load
+from ssd_repro.training import recipe
 
 
 def made(family="llama", weights="w", alpha=0.8, draft=0.002, verify=0.022, step=0.02):
@@ -98,7 +101,10 @@ def test_notebook_from_training_to_table(fake, monkeypatch, tmp_path):
 
     monkeypatch.setattr(load, "load", shortened)
     smoke = yaml.safe_load((ROOT / "notebooks" / "profiles" / "smoke.yaml").read_text())
-    folders = {"work": str(tmp_path / "work"), "out": str(tmp_path / "out")}
+    with gzip.open(recipe.MANIFEST.with_name("tokens.jsonl.gz"), "rt") as every:
+        few = "".join(islice(every, 60))  # the whole corpus is read and aligned for minutes
+    (tmp_path / "tokens.jsonl").write_text(few)
+    folders = {name: str(tmp_path / name) for name in ("work", "out")} | {"tokens": str(tmp_path / "tokens.jsonl")}
     with pytest.raises(InputError, match="-p train true"):
         run_notebook("17_architectures", smoke, **folders, train=False)
     space = run_notebook("17_architectures", smoke, **folders)
