@@ -18,7 +18,8 @@ from .provenance import all_provenance
 from .tables import number
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
-ELSEWHERE = {"**On a GPU**": "gpu", "**On a slower machine**": "xeon"}  # how a paragraph begins -> its results folder
+# How a paragraph begins -> its results folder.
+ELSEWHERE = {"**On a GPU**": "gpu", "**In bf16**": "bf16", "**On another machine**": "epyc"}
 BETA = 0.4  # of the paper's Table 1
 
 
@@ -108,7 +109,8 @@ def _elsewhere(begin: str, table: pd.DataFrame, about: dict, voice: str | None) 
     ssd, alone, lossless = table.loc["SSD"], table.loc["Autoregressive"], _fastest(table, "beta 0, ")
     other = f", with another voice than above, {about['weights']}" if voice != about["weights"] else ""
     chip = re.sub(r"\(R\)| Processor", "", about["chip"])
-    how = f"{about['parameters']['precision']}, CUDA graphs, " if about["device"] == "cuda" else ""
+    precision = about["parameters"]["precision"]
+    how = ("" if precision == "fp32" else f"{precision}, ") + ("CUDA graphs, " if about["device"] == "cuda" else "")
     said = (
         f"{begin} ({chip}, {how}{alone.n:g} sentences{other}) the paper's recipe is {value(ssd, 'speed-up')} times as "
         "fast as the target alone"

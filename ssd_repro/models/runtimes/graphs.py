@@ -40,9 +40,10 @@ class StaticLM:
     price of a draft length would be that of another one.
 
     record: each block of a round as a CUDA graph, recorded when it first comes (a second or less); by default where
-    the model is on a GPU. A prefill is recorded, too, padded to a multiple of PADDED positions. Other samplers than a
-    ``Sampler``, other rules than the tolerance and adaptive drafts run as they stand. Call ``lm.to(device)`` and
-    ``lm.cast`` before. InputError if max_length is out of range.
+    the model is on a GPU. A draft that the utterance's end cuts short runs as it stands. A prefill is recorded, too,
+    padded to a multiple of PADDED positions. Other samplers than a ``Sampler``, other rules than the tolerance and
+    adaptive drafts run as they stand. Call ``lm.to(device)`` and ``lm.cast`` before. InputError if max_length is out
+    of range.
     """
 
     def __init__(self, lm: SpeechLM, max_length: int, record: bool | None = None) -> None:
@@ -233,7 +234,7 @@ class PlacedTape(Tape):
 
 
 class _Recorded(Blocks):
-    """The blocks of a round as recordings."""
+    """The blocks of a round as recordings; a draft that the utterance's end cuts short runs as it stands."""
 
     def __init__(
         self, session: StaticSession, config: DecodeConfig, logits: Tensor, generator: torch.Generator
@@ -243,11 +244,13 @@ class _Recorded(Blocks):
             cache.recordings = Recordings(cache.cells, logits.shape[-1], logits.device)
         self.session, self.config, self.kept, self.given = session, config, cache.recordings, generator
         self.tape = PlacedTape.empty(config, logits).of(self.kept)
-        self.generator = self.kept.generator
+        self.generator, self.short = self.kept.generator, False
         self.generator.set_state(generator.get_state())
 
     def propose(self, drafter: Drafter, count: int) -> tuple[Tensor, Tensor]:
-        if not isinstance(getattr(drafter, "session", None), StaticSession):  # it drafts at addresses of its own
+        static = isinstance(getattr(drafter, "session", None), StaticSession)  # others draft at addresses of their own
+        self.short = count < self.config.draft_length
+        if not static or self.short:
             drafted, p = super().propose(drafter, count)
             return drafted, self.kept.p[: len(p)].copy_(p)
         if drafter.ready is not None:
@@ -267,6 +270,8 @@ class _Recorded(Blocks):
 
     def judge(self, session: StaticSession, drafted: Tensor, p: Tensor) -> Tensor:
         count, size = len(drafted), self.tape.size
+        if self.short:
+            return super().judge(session, drafted, p)
 
         def block() -> Tensor:
             return Blocks.judge(self, session, self.tape.tokens(size, size + count), self.kept.p[:count])
