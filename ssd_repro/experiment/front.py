@@ -1,7 +1,7 @@
 """README's first screen, made from the tables of one results folder: what was measured, four to five rows, and why.
 
-Beside it a paragraph on each machine of ELSEWHERE, from the folders next to it, and the words of the lossless drafter
-on more utterances, from ``voice``.
+Beside it a paragraph on each machine of ELSEWHERE, from the folders next to it, and the words of the lossless drafter,
+on more utterances where ``voice`` has them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def renew(text: str, folder: Path) -> str:
     paragraphs = text.split("\n\n")
     voice = all_provenance(folder).get("01_table1", {}).get("weights")
     words = _words(Path(folder).parent / "voice" / "tables" / "lossless.csv", voice)
+    words = words or _words(Path(folder) / "tables" / "equivalence.csv")
     made = dict(zip(BEGINS, made_of(table.set_index("system"), theory, words), strict=True))
     for begin, name in ELSEWHERE.items():
         there = Path(folder).parent / name
@@ -70,10 +71,12 @@ def made_of(table: pd.DataFrame, theory: pd.DataFrame, words: dict[str, str]) ->
     return _claim(table, lossless) + said, _table(rows), _why(table.loc["SSD"], theory)
 
 
-def _words(path: Path, voice: str | None) -> dict[str, str]:
-    """System -> what its words were on more utterances of this voice: of ``equivalence.of_rows``, at ``path``."""
+def _words(path: Path, voice: str | None = None) -> dict[str, str]:
+    """System -> what its words were, on how many utterances: of ``equivalence.of_rows`` at ``path``, of ``voice``."""
     found, said = pd.read_csv(path) if path.is_file() else pd.DataFrame(), {}
-    for _, row in found[found.voice == voice].iterrows() if "voice" in found else ():
+    if voice:
+        found = found[found.voice == voice] if "voice" in found else found[:0]
+    for _, row in found[found.n > 0].iterrows() if len(found) else ():
         shown = number(row["WER difference"], 1, row["WER difference_low"], row["WER difference_high"])
         verdict = {"yes": "equivalent within one point", "no": "not equivalent within one point"}
         verdict = verdict.get(row.equivalent, "equivalence within one point not shown")

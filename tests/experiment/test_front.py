@@ -113,6 +113,9 @@ def test_the_words_of_the_lossless_drafter_are_of_this_voice_alone(folder):
         pd.DataFrame([{**line, "equivalent": equivalent, "voice": whose}]).to_csv(path, index=False)
         made = front.renew(PAGE, folder)
         assert words in made if words else "Its words" not in made
+    few = pd.DataFrame([{**line, "n": 150, "equivalent": "yes"}, {**line, "system": "SSD", "n": 0, "equivalent": ""}])
+    few.to_csv(folder / "tables" / "equivalence.csv", index=False)  # the folder's own
+    assert "Its words, on 150 utterances: 0.0 [-0.7, 0.8]" in front.renew(PAGE, folder)
 
 
 def test_a_page_without_a_paragraph_is_refused_and_others_stay(folder, tmp_path):
