@@ -284,7 +284,7 @@ def test_the_bundled_voice_with_the_real_metrics(tmp_path, monkeypatch):
     arguments = ["run", "--only", "01", "--out", "out", "-p", "sentences", "1", "-p", "repeats", "1"]
     assert cli.main(arguments) == 0
     rows = rows_module.to_frame(files.read_rows(tmp_path / "out" / "rows" / "table1.jsonl"))
-    assert len(rows) == 9 and rows.repeatable.all()  # two with each drafter beyond the paper's
+    assert len(rows) == 10 and rows.repeatable.all()  # of the hidden-state drafter three, of each other one two
     assert rows.p808.between(1, 5).all() and rows.similarity.between(0.4, 1).all()
     assert (tmp_path / "out" / "tables" / "table1.csv").exists()
     assert sys.prefix not in (tmp_path / "out" / "01_table1.ipynb").read_text()
