@@ -18,8 +18,7 @@ from .provenance import all_provenance
 from .tables import number
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
-# How a paragraph begins -> its results folder.
-ELSEWHERE = {"**On a GPU**": "gpu", "**In bf16**": "bf16", "**On another machine**": "epyc"}
+ELSEWHERE = {"**On a GPU**": "gpu", "**On another machine**": "epyc"}  # how a paragraph begins -> its results folder
 BETA = 0.4  # of the paper's Table 1
 
 
