@@ -103,6 +103,7 @@ def parser() -> Parser:
     bench.add("--utterances", 30, "how many; the same command goes on where a killed one was")
     bench.add("--tolerance", 0.4, "beta of our SSD, beside 0")
     bench.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
+    bench.add("--drafter", "all", "beside the paper's: all, paper for none, or hidden, block or on-policy")
     bench.add("--repeats", 1, "timed decodes of each; the median counts")
     bench.add("--longest", 0, "tokens of a piece of text at most; 0: as the voice")
     bench.add("--seed", 0, "of the first utterance; the next ones count on from it")
@@ -291,13 +292,12 @@ def run_from_tokens(options) -> int:
 
 
 def run_bench(options) -> int:
-    from .experiment import report, speed, studies
-    from .experiment.provenance import results_folder
+    from .experiment import provenance, report, speed, studies
 
     names = ("utterances", "tolerance", "draft_length", "repeats", "longest", "seed", "compile", "device", "runtime")
-    parameters = {name: getattr(options, name) for name in (*names, "precision", "threads")}
+    parameters = {name: getattr(options, name) for name in (*names, "precision", "threads", "drafter")}
     parameters |= {"weights": str(options.weights or ""), "profile": "bench", "out": options.out}
-    folder = results_folder(options.out, "bench")
+    folder = provenance.results_folder(options.out, "bench")
     with redirect_stdout(sys.stderr), locked(folder / ".run.lock"):
         rows, about = studies.begin("07_bench", parameters).compare()
         shown = [report.show(name, rows, folder, about).data for name in ("bench", "bench_ratios", "cost")]

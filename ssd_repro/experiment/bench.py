@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..decoding.result import DecodeConfig
 from ..decoding.speculative import autoregressive, speculative
-from ..errors import check_number
+from ..errors import InputError, check_number
 from ..speech.sentences import Utterance
 from . import cost
 from .baselines import Transformers, no_compiler
@@ -94,10 +94,13 @@ def _now(device: torch.device) -> float:
 class Bench:
     """The contenders for a voice, what they share, and how each of them decodes."""
 
-    def __init__(self, voice, tolerance: float, draft_length: int, longest: int, compile: bool) -> None:
+    def __init__(
+        self, voice, tolerance: float, draft_length: int, longest: int, compile: bool, drafter: str = "all"
+    ) -> None:
         self.voice, self.device, self.longest, self.warm = voice, voice.device, longest, False
-        hidden = voice.drafters["hidden"].draft if "hidden" in voice.others else None
-        self.systems = contenders(voice.runtime, tolerance, compile, voice.others)
+        others = [name for name in voice.others if drafter in ("all", name)]
+        hidden = voice.drafters["hidden"].draft if "hidden" in others else None
+        self.systems = contenders(voice.runtime, tolerance, compile, others)
         self.theirs = cache(partial(Transformers, voice.target, voice.draft, hidden))  # made when first asked for
         # transformers bans by a mask, all stop tokens or none; RAS is left out, for nobody else has it.
         sampler = replace(voice.sampler, ras=False, bans_by_mask=True)
@@ -170,14 +173,19 @@ def measure(
     repeats: int = 1,
     longest: int = 0,
     compile: bool = False,
+    drafter: str = "all",
     progress=lambda it: it,
 ) -> pd.DataFrame:
     """Decode what ``folder`` holds no rows of -> one row per utterance and contender.
 
     Of ``repeats`` the one of median time counts. Before the first utterance is timed each decodes it once. longest:
     tokens of a piece; 0: the voice's own limit. compile: transformers under torch.compile, too; where there is no
-    compiler it is left out, and stderr says so. InputError, before any work, for a bad setting or utterance.
+    compiler it is left out, and stderr says so. drafter: beside the paper's, one of ``voice.others`` or all of them;
+    'paper': none. InputError, before any work, for a bad setting or utterance.
     """
+    known = ["all", "paper", *voice.others]
+    if drafter not in known:
+        raise InputError(f"drafter {drafter!r} is unknown to this voice: choose {' or '.join(known)}")
     check_number("repeats", repeats, 1, 1000, whole=True)
     check_number("longest (0 is no limit of its own)", longest, 0, 1_000_000, whole=True)
     if compile and (reason := no_compiler()):
@@ -185,7 +193,7 @@ def measure(
         compile = False
     for said in utterances:
         voice.check(said.text, "speculative", said.voice, tolerance, draft_length, said.seed)
-    bench, found = Bench(voice, tolerance, draft_length, longest, compile), []
+    bench, found = Bench(voice, tolerance, draft_length, longest, compile, drafter), []
     with locked_rows(folder, "bench") as path:
         known = rows_of_folder(folder)
         for turn, said in enumerate(progress(utterances)):

@@ -109,7 +109,7 @@ class Study:
     def compare(self) -> tuple[pd.DataFrame, dict]:
         """``bench.measure``: our decoding beside transformers'; as ``decode``, in this process alone."""
         names = ("tolerance", "draft_length", "repeats", "longest", "compile")
-        how = {name: self.parameters[name] for name in names}
+        how = {name: self.parameters[name] for name in names} | {"drafter": self.parameters.get("drafter", "all")}
         return self._recorded(bench.measure(self.voice, self.utterances, self.folder, **how, progress=progress))
 
     def price(self, systems: list[System]) -> tuple[pd.DataFrame, dict]:

@@ -141,6 +141,8 @@ def test_a_hidden_drafter_is_measured_inside_transformers_on_eager(tmp_path):
     assert (row.runtime, row.tolerance, row.drafter, row.tokens) == ("transformers", 0.0, "hidden", 6)
     assert "hf_custom_hidden_over_hf_assisted" in speed.ratios(rows).index
     assert "transformers, custom_generate=speculative_generate, hidden drafter, block" in speed.side_by_side(rows).index
+    alone = bench.measure(voice, voice.utterances(1), tmp_path, longest=6, drafter="paper")
+    assert set(rows.system) - set(alone.system) == {"hf_custom_hidden", "ssd0_hidden", "ssd_hidden"}
 
 
 def test_bench_as_a_command(fake, tmp_path, capsys):
@@ -159,9 +161,9 @@ def test_bench_as_a_command(fake, tmp_path, capsys):
     assert cli.main(["report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "tables" / "bench.md").read_bytes() == before
     assert "Energy: not available here." in (tmp_path / "tables" / "cost.md").read_text() or cost.joules(fake.device)
-    for wrong in (["--utterances", "0"], ["--tolerance", "2"], ["--repeats", "0"], ["--longest", "-1"]):
-        assert cli.main([*command, *wrong]) == 2
-    assert capsys.readouterr().err.count("ssd-repro: ") == 4
+    for wrong in ("--utterances 0", "--tolerance 2", "--repeats 0", "--longest -1", "--drafter nobody"):
+        assert cli.main([*command, *wrong.split()]) == 2
+    assert capsys.readouterr().err.count("ssd-repro: ") == 5
 
 
 # tables
