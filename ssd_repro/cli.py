@@ -57,7 +57,7 @@ def parser() -> Parser:
     speak.add("--method", "speculative", "autoregressive, draft or speculative")
     speak.add("--tolerance", 0.4, "beta, from 0 (lossless) to 1")
     speak.add("--draft-length", 3, "drafted tokens per round, from 1 to 64")
-    speak.add("--drafter", "paper", "paper, hidden or block (read hidden states), on-policy, early-exit or n-gram")
+    speak.add("--drafter", "", "paper, hidden, block, on-policy, early-exit or n-gram; default paper, at beta 0 hidden")
     speak.add("--rule", None, "another acceptance rule than the tolerance, such as top-k:5 or ensemble:0.4", str)
     speak.add("--verification", "token", "token, or block: drafted tokens are judged jointly, for tolerance 0")
     speak.add("--confidence", 0.0, "from 0 to 1: the draft ends early where it trusts itself less; 0: never")
@@ -217,11 +217,11 @@ def run_speak(options) -> int:
     if options.out:
         check_output(options.out)
     machine = {name: getattr(options, name) for name in ("device", "runtime", "precision", "threads")}
-    names = ("method", "voice", "tolerance", "draft_length", "drafter", "rule", "verification", "confidence", "seed")
+    names = ("method", "voice", "tolerance", "draft_length", "rule", "verification", "confidence", "seed")
     settings = {name: getattr(options, name) for name in names}
     with redirect_stdout(sys.stderr):  # whatever a library prints
         voice = load(options.weights, **machine)
-        take = voice.speak(options.text, **settings)
+        take = voice.speak(options.text, drafter=options.drafter or voice.drafter_at(options.tolerance), **settings)
         written = options.out and str(take.save(options.out))
     print(json.dumps({**take.summary(), "out": written}) if options.json else _described(take, written))
     return 0

@@ -58,6 +58,16 @@ def test_same_seed_and_settings_same_tokens(fake, capsys):
     assert tokens("--seed", 5) == tokens("--seed", 5) != tokens("--seed", 6)
 
 
+def test_without_loss_the_fastest_drafts_unless_another_is_named(fake, capsys):
+    def drafter(*more):
+        return json.loads(call(capsys, "speak", "Good morning.", "--json", *more)[1])["drafter"]
+
+    assert drafter("--tolerance", 0) == "paper"  # this voice has no other
+    fake.drafters["hidden"] = fake.drafters["paper"]
+    assert (drafter("--tolerance", 0), drafter()) == ("hidden", "paper")
+    assert drafter("--tolerance", 0, "--drafter", "paper") == "paper"
+
+
 def test_for_a_person(fake, capsys):
     code, stdout, stderr = call(capsys, "speak", "Good morning.")
     assert code == 0 and "acceptance rate" in stdout and "--out FILE.wav" in stdout and not stderr

@@ -93,6 +93,10 @@ class Voice:
         """Names of the trained drafters beside the paper's."""
         return [name for name in self.drafters if name != "paper"]
 
+    def drafter_at(self, tolerance: float) -> str:
+        """Who drafts if nobody is named: without loss the fastest on development sentences, else the paper's draft."""
+        return "hidden" if tolerance == 0 and "hidden" in self.drafters else "paper"
+
     def check(
         self,
         text,
