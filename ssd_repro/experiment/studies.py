@@ -13,7 +13,7 @@ from ..processes import process
 from ..speech import load
 from ..speech.sentences import Utterance
 from ..speech.voice import Voice
-from . import bench, growth, price, provenance, run
+from . import bench, growth, paper, price, provenance, run
 from .cost import Geometry
 from .notebooks import progress
 from .systems import AUTOREGRESSIVE, System, grid
@@ -29,7 +29,7 @@ def _other_drafters(voice: Voice, p: dict) -> list[System]:
     found = []
     for name in voice.others:
         for beta, ways in zip((0.0, p["tolerance"]), CHOSEN.get((name, voice.device.type), ([{}], [{}])), strict=True):
-            found += [System("speculative", beta, drafter=name, **{"draft_length": DRAFT_LENGTH} | way) for way in ways]
+            found += [System("speculative", beta, drafter=name, **{"draft_length": paper.LENGTH} | way) for way in ways]
     return found
 
 
@@ -55,7 +55,6 @@ def _heard(p: dict) -> list[System]:
     return [replace(AUTOREGRESSIVE, scored=bool(ssd)), *ssd]
 
 
-DRAFT_LENGTH = 3
 # (drafter, device) -> how it drafts without loss, and at the tolerance, where that is not the paper's way. On a CPU
 # what was fastest on development sentences, of L_d 1 to 4, both verifications, without or with adaptive drafts; and at
 # the tolerance the next best, too. On a GPU the fastest by its prices.
