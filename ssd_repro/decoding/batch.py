@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round, until_stop
 from .sampling import Sampler, invert, probabilities
-from .speculative import Tolerance
+from .speculative import Tolerance, judged
 
 OWN = ("max_tokens", "min_tokens")  # what rows of one batch may differ in
 
@@ -184,7 +184,7 @@ class _Batch:
             self.session.lengths = self.starts + self.size - 1
             logits = self.session.extend(self._tokens(-1, count + 1))
         q, uniform = self._probabilities(logits, 0), self.uniform[:, self.round]
-        kept = uniform[:, self.length : self.length + count] < self.rule.accept(p, q[:, :-1], drafted)
+        kept = judged(self.rule, uniform[:, self.length : self.length + count], p, q[:, :-1], drafted)
         accepted = kept.long().cumprod(1).sum(1)
         ended = accepted[:, None, None].expand(-1, 1, q.shape[-1])
         before = F.pad(p, (0, 0, 0, 1))  # past the draft p = 0: the residual is q

@@ -122,6 +122,52 @@ class Typical(_Kept):
         return (q > (self.epsilon**0.5 * (-entropy).exp()).clamp_max(self.epsilon)).to(p.dtype)
 
 
+@dataclass(frozen=True)
+class FLy:
+    """FLy (arXiv 2511.22972): lossless sampling, but a lone rejection is forgiven where the target is unsure.
+
+    A rejected token stands if the entropy of q there is at least ``entropy`` (nats) and the ``window`` - 1 drafted
+    tokens after it are all accepted, as if it had been right. No window reaches past the draft.
+    ON THE BOUND, at one place: where p > q, p min(1, q/p) = q, so that forgiving only adds to q, and after a rejection
+    Eq. 6 gives such tokens nothing; elsewhere nothing is rejected. So P exceeds q where p does, by what is forgiven.
+    THE WINDOW COSTS ONCE MORE, beyond that place: after a forgiven token stands what both models liked, which follows
+    normalize(min(p, q)) and not q.
+    """
+
+    entropy: float
+    window: int = 2  # of a draft of L_d: from 2 to L_d
+
+    def __post_init__(self):
+        check_number("window of the rule fly", self.window, 2, 64, whole=True)
+
+    def accept(self, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
+        return accept_probability(p, q, tokens, 0.0)
+
+    def residual(self, p: Tensor, q: Tensor) -> Tensor:
+        return residual(p, q)
+
+    def forgive(self, kept: Tensor, q: Tensor) -> Tensor:
+        return kept | (_followed(kept, self.window) & self._unsure(q))
+
+    def kept(self, p: Tensor, q: Tensor) -> Tensor:
+        """As ``ByToken``, of successive places (..., n, V): an estimate of the chance that the window is accepted.
+
+        It takes sum min(p, q) of the next places, as if the token that is to be forgiven had been theirs.
+        """
+        ratio = (q / p.clamp_min(torch.finfo(p.dtype).tiny)).clamp_max(1.0)
+        forgiven = _followed(overlap(p, q), self.window) * self._unsure(q)
+        return ratio + (1 - ratio) * forgiven[..., None]
+
+    def _unsure(self, q: Tensor) -> Tensor:
+        return torch.special.entr(q).sum(-1) >= self.entropy
+
+
+def _followed(kept: Tensor, window: int) -> Tensor:
+    """Of each of n places the product of the window - 1 after it, 0 where these are not all there: (..., n)."""
+    after = torch.nn.functional.pad(kept, (0, window))[..., 1:]
+    return after.unfold(-1, window - 1, 1)[..., : kept.shape[-1], :].prod(-1).to(kept.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Groups(_Kept):
     """Groups of tokens alike (PCG, arXiv 2511.13732): a draft is judged by the mass of a group, not its own.
@@ -183,6 +229,7 @@ KINDS = {
     "ensemble": Kind(Ensemble, "w", 0.0, 1.0),
     "top-k": Kind(TopK, "k", 1, 1_000_000, whole=True),
     "typical": Kind(Typical, "epsilon", 0.0, 1.0),
+    "fly": Kind(FLy, "h", 0.0, 20.0),
     "groups": Kind(Groups.of, "theta", -1.0, 1.0, embedded=True),
 }
 

@@ -52,7 +52,10 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 class Rule(Protocol):
-    """An acceptance rule: when to keep a drafted token, and what to draw in its place."""
+    """An acceptance rule: when to keep a drafted token, and what to draw in its place.
+
+    It may also have a method ``forgive(kept, q)`` -> kept, bool (L,) both: rejections that stand in spite of that.
+    """
 
     def accept(self, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
         """Probability to keep tokens (...), given p, q (..., V) -> (...)."""
@@ -86,12 +89,18 @@ def verify(p: Tensor, q: Tensor, tokens: Tensor, rule: Rule, generator: torch.Ge
     if length == 0:
         return tokens.new_zeros(()), draw(q[0], generator)
     uniform = torch.rand(length, generator=generator, device=p.device)  # [0, 1)
-    kept = uniform < rule.accept(p, q[:-1], tokens)
+    kept = judged(rule, uniform, p, q[:-1], tokens)
     n = kept.long().cumprod(0).sum()
     ended = n[None]  # an index tensor: p[n] would read n on the host
     drafted = torch.cat((p, torch.zeros_like(p[:1])))  # past the draft p = 0: the residual is q
     rest = rule.residual(drafted.index_select(0, ended), q.index_select(0, ended))
     return n, draw(rest[0], generator)
+
+
+def judged(rule: Rule, uniform: Tensor, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
+    """Which tokens the rule keeps, each by itself: uniform, tokens (..., L), p, q (..., L, V) -> bool (..., L)."""
+    kept = uniform < rule.accept(p, q, tokens)
+    return rule.forgive(kept, q) if hasattr(rule, "forgive") else kept
 
 
 def verify_block(p: Tensor, q: Tensor, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

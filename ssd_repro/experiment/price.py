@@ -27,7 +27,9 @@ from .tables import estimate, number, quality_columns
 
 PAPER = "paper"  # rule, and drafter
 SAME = 0.001  # less than this of TV is no excess but rounding
-GRIDS = {"betas": PAPER, "mixtures": "ensemble", "ranks": "top-k", "epsilons": "typical", "cosines": "groups"}
+GRIDS = {"betas": PAPER, "mixtures": "ensemble", "ranks": "top-k", "epsilons": "typical", "entropies": "fly"}
+GRIDS |= {"cosines": "groups"}
+TIGHT = (PAPER, "ensemble", "fly")  # rules whose own residual is the matched one
 
 
 def rules_of(p: dict) -> list[str]:
@@ -37,7 +39,7 @@ def rules_of(p: dict) -> list[str]:
     """
     grids = p | {"betas": sorted({0.0, float(p["tolerance"]), *p["betas"]})}
     plain = [f"{kind}:{value:g}" for grid, kind in GRIDS.items() for value in grids[grid]]
-    return plain + [MATCHED + each for each in plain if not each.startswith((PAPER, "ensemble"))]
+    return plain + [MATCHED + each for each in plain if not each.startswith(TIGHT)]
 
 
 @torch.inference_mode()
@@ -87,17 +89,21 @@ def prices(voice, spoken: pd.DataFrame, names: list[str], folder, progress=iter)
 
 def _price(voice, said: dict, names: list[str]) -> dict[str, dict]:
     """Drafter -> the numbers of its row."""
-    laws = list(_pieces(voice, said))
-    q = torch.cat([target for _, target in laws])
-    found = {}
-    for drafter in voice.drafters:
-        p = torch.cat([of_drafts[drafter] for of_drafts, _ in laws])
-        sums = {"places": len(q), "overlap": float(overlap(p, q).sum()), "rules": {}, "processes": 1}
-        for name in names:
-            acceptance, law = emitted(voice.rule(name), p, q)
-            measured = acceptance.sum(), total_variation(law, q).sum(), law[q == 0].sum()
-            sums["rules"][name] = [float(each) for each in measured]
-        found[drafter] = sums
+    found = {
+        drafter: {"places": 0, "overlap": 0.0, "rules": dict.fromkeys(names, np.zeros(3)), "processes": 1}
+        for drafter in voice.drafters
+    }
+    for drafts, q in _pieces(voice, said):
+        for drafter, p in drafts.items():
+            sums = found[drafter]
+            sums["places"] += len(q)
+            sums["overlap"] += float(overlap(p, q).sum())
+            for name in names:
+                acceptance, law = emitted(voice.rule(name), p, q)
+                measured = acceptance.sum(), total_variation(law, q).sum(), law[q == 0].sum()
+                sums["rules"][name] = sums["rules"][name] + [float(each) for each in measured]
+    for sums in found.values():
+        sums["rules"] = {name: measured.tolist() for name, measured in sums["rules"].items()}
     return found
 
 

@@ -17,7 +17,7 @@ VOCAB = 7
 EMBEDDING = torch.randn(VOCAB, 2, generator=generator(3))
 PLAIN = ("paper:0", "paper:0.4", "paper:1", "ensemble:0.3", "ensemble:1", "top-k:2", "typical:0.2", "groups:0.3")
 NAMES = PLAIN + ("groups:0.8", "matched paper:0.4", "matched top-k:2", "matched typical:0.2", "matched groups:0.3")
-ON_THE_BOUND = [name for name in NAMES if "paper" in name or "ensemble" in name]
+ON_THE_BOUND = [name for name in NAMES if "paper" in name or "ensemble" in name] + ["fly:0.5"]
 
 
 def rule_of(name):
@@ -35,7 +35,7 @@ def pair(seed, rows=6):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), name=st.sampled_from(NAMES))
+@given(seed=st.integers(0, 10**6), name=st.sampled_from((*NAMES, "fly:0.5")))
 def test_the_bound_holds_and_some_rules_meet_it(seed, name):
     p, q = pair(seed)
     if "groups" in name:
@@ -151,6 +151,76 @@ def test_verify_follows_the_closed_form(name):
     assert p_value({i: c for i, c in enumerate(seen.tolist()) if c}, due) > 1e-6
 
 
+def flys_law(p, q, rule):
+    """Of a draft of two with rejections forgiven by a window of two: the exact law of its first two tokens.
+
+    Branch by branch: p, q (3, V) whatever stands before them. The second is the next round's (None) where none stands.
+    """
+    law, unsure = {}, bool(torch.special.entr(q[0]).sum() >= rule.entropy)
+    a = [(q[i] / p[i]).clamp_max(1.0) for i in range(2)]
+    rest = [rule.residual(p[i : i + 1], q[i : i + 1])[0] for i in range(2)]
+
+    def add(first, second, mass):
+        law[first, second] = law.get((first, second), 0.0) + float(mass)
+
+    for x in p[0].nonzero()[:, 0].tolist():
+        stands = p[0, x] * a[0][x]
+        for y in p[1].nonzero()[:, 0].tolist():
+            add(x, y, stands * p[1, y] * a[1][y])
+            if unsure:
+                add(x, y, p[0, x] * (1 - a[0][x]) * p[1, y] * a[1][y])
+        for y in range(VOCAB):
+            add(x, y, stands * (1 - (p[1] * a[1]).nansum()) * rest[1][y])
+        out = p[0, x] * (1 - a[0][x]) * (1 - (p[1] * a[1]).nansum() if unsure else 1)
+        for z in range(VOCAB):
+            add(z, None, out * rest[0][z])
+    return law
+
+
+@pytest.mark.parametrize("entropy", [0.0, 20.0])
+def test_fly_is_its_law_branch_by_branch_and_on_the_bound(entropy):
+    """2,000 rounds of ``verify``; chi-square, p > 1e-6. Unsure everywhere, and nowhere: then it is lossless."""
+    rng, rule = generator(7), rules.FLy(entropy)
+    p, q = (torch.softmax(torch.randn(3, VOCAB, generator=generator(seed)), -1) for seed in (4, 9))
+    law, seen = flys_law(p, q, rule), {}
+    for tokens in zip(draw(p[:1].expand(2000, 1, VOCAB), rng), draw(p[1:2].expand(2000, 1, VOCAB), rng), strict=True):
+        drafted = torch.cat(tokens)
+        n, added = verify(p[:2], q, drafted, rule, rng)
+        said = [*drafted[:n].tolist(), int(added), None][:2] if n else [int(added), None]
+        seen[tuple(said)] = seen.get(tuple(said), 0) + 1
+    assert p_value(seen, {pair: mass for pair, mass in law.items() if mass}) > 1e-6
+    first = torch.zeros(VOCAB)
+    for (x, _), mass in law.items():
+        first[x] += mass
+    acceptance, emits = emitted(rule, p[:2], q[:2])  # q of the second place is the same whatever the first is
+    torch.testing.assert_close(emits[0], first, atol=1e-6, rtol=0)
+    assert total_variation(first, q[0]) == pytest.approx(float(acceptance[0] - overlap(p, q)[0]), abs=1e-6)
+    assert (total_variation(first, q[0]) > 0.05) == (entropy == 0.0)
+
+
+def test_after_a_forgiven_token_comes_what_both_models_like():
+    p, q = (torch.softmax(torch.randn(3, VOCAB, generator=generator(seed)), -1) for seed in (4, 9))
+    forgiven = flys_law(p, q, rules.FLy(0.0)), flys_law(p, q, rules.FLy(20.0))
+    x = int((p[0] - q[0]).argmax())
+    more = torch.tensor([forgiven[0][x, y] - forgiven[1][x, y] for y in range(VOCAB)])
+    both = torch.minimum(p[1], q[1])
+    torch.testing.assert_close(more / more.sum(), both / both.sum(), atol=1e-5, rtol=0)
+
+
+def test_fly_forgives_by_hand():
+    q = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
+    sure, unsure = rules.FLy(0.7), rules.FLy(0.6, window=3)  # H is .693 or 0
+    kept = torch.tensor([False, False, True, False, True])
+    assert rules.FLy(0.6).forgive(kept, q).tolist() == [False, False, True, True, True]  # the second place is sure
+    assert rules.FLy(0.0).forgive(kept, q).tolist() == [False, True, True, True, True]  # the first is not alone
+    assert sure.forgive(kept, q).tolist() == kept.tolist()
+    kept = torch.tensor([[False, True, True, False, True], [True, True, False, True, True]])
+    due = [[True, True, True, False, True], [True, True, True, True, True]]
+    assert unsure.forgive(kept, q.expand(2, 5, 2)).tolist() == due
+    last = torch.tensor([True, True, True, True, False])
+    assert rules.FLy(0.0).forgive(last, q).tolist() == last.tolist()  # nothing follows within the draft
+
+
 def test_the_loop_takes_a_rule():
     target = TableLM.random(5, seed=1)
     draft = target.near(seed=2, scale=1.5)
@@ -162,6 +232,9 @@ def test_the_loop_takes_a_rule():
     assert tokens(rule=rules.Paper(0.4)) == tokens() != tokens(rule=rules.Paper(0.0))
     assert tokens(rule=rules.Paper(0.0)) == tokens(tolerance=0.0)
     assert tokens(rule=rules.Ensemble(0.0), draft_length=1) != tokens(draft_length=1)
+    assert tokens(rule=rules.FLy(20.0)) == tokens(tolerance=0.0) != tokens(rule=rules.FLy(0.0))
+    with pytest.raises(InputError, match="window of the rule fly is 1; it must be a whole number from 2"):
+        rules.FLy(0.0, window=1)
     with pytest.raises(InputError, match="rule is 'paper'; it must have the methods accept and residual"):
         tokens(rule="paper")
 
@@ -176,6 +249,7 @@ def test_the_loop_takes_a_rule():
         ("top-k:0", "k of the rule top-k is 0; it must be a whole number from 1"),
         ("paper:2", r"beta of the rule paper is 2.0; it must be a number from 0.0 to 1.0"),
         ("typical:nan", "epsilon of the rule typical is nan"),
+        ("fly:-1", "h of the rule fly is -1.0; it must be a number from 0.0"),
     ],
 )
 def test_names_that_are_none_are_one_sentence(text, about):

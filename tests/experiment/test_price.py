@@ -16,7 +16,8 @@ from ssd_repro.models.hidden_draft import HiddenDraft, HiddenDraftLM
 from ssd_repro.speech.voice import Voice
 
 PIECE, SAID = [5, 9, 7, 11], [17, 902, 17, 44, 6000, 902]
-GRIDS = {"betas": [0.4], "mixtures": [0.5, 0.0], "ranks": [2], "epsilons": [0.09], "cosines": [0.5], "tolerance": 0.4}
+GRIDS = {"betas": [0.4], "mixtures": [0.5, 0.0], "ranks": [2], "epsilons": [0.09], "tolerance": 0.4}
+GRIDS |= {"entropies": [1.0], "cosines": [0.5]}
 
 
 def one_forward(voice, lm, inputs, prefix, n):

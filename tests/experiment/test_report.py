@@ -49,7 +49,7 @@ def fill(voice, folder):
     }
     studies.Study("07_bench", at, folder, voice, [], said).compare()
     studies.Study("08_growth", at, folder, voice, [System("speculative", 0.4, 3, scored=False)], said).grow()
-    at |= {"betas": [1.0], "mixtures": [0.5], "ranks": [2], "epsilons": [0.1], "cosines": [0.5]}
+    at |= {"betas": [1.0], "mixtures": [0.5], "ranks": [2], "epsilons": [0.1], "cosines": [0.5], "entropies": [1.0]}
     heard = [AUTOREGRESSIVE, System("speculative", None, 3, rule="ensemble:0.5")]
     studies.Study("09_price_of_tolerance", at, folder, voice, heard, said).price(heard)
     others = [System("speculative", beta, 3, drafter=n, scored=False) for n in (None, "n-gram") for beta in (0.0, 0.4)]
