@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
 from .result import Clock, DecodeConfig, DecodeResult, NumericsError, Round, until_stop
 from .sampling import Sampler, invert, probabilities
-from .speculative import Tolerance, judged
+from .speculative import Tolerance, settle
 
 OWN = ("max_tokens", "min_tokens")  # what rows of one batch may differ in
 
@@ -184,12 +183,9 @@ class _Batch:
             self.session.lengths = self.starts + self.size - 1
             logits = self.session.extend(self._tokens(-1, count + 1))
         q, uniform = self._probabilities(logits, 0), self.uniform[:, self.round]
-        kept = judged(self.rule, uniform[:, self.length : self.length + count], p, q[:, :-1], drafted)
-        accepted = kept.long().cumprod(1).sum(1)
-        ended = accepted[:, None, None].expand(-1, 1, q.shape[-1])
-        before = F.pad(p, (0, 0, 0, 1))  # past the draft p = 0: the residual is q
-        rest = self.rule.residual(before.gather(1, ended), q.gather(1, ended))
-        added = invert(rest, uniform[:, -1:, None])[:, 0]
+        own = uniform[:, self.length : self.length + count]
+        accepted, rest = settle(p, q, drafted, self.rule, own)
+        added = invert(rest[:, None], uniform[:, -1:, None])[:, 0]
         self._write(self.size + accepted, added)
         self.size = self.size + accepted + 1
         broken = (p.sum((1, 2)) + q.sum((1, 2))).isnan()

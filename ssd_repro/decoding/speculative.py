@@ -23,6 +23,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
@@ -52,9 +53,9 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 class Rule(Protocol):
-    """An acceptance rule: when to keep a drafted token, and what to draw in its place.
+    """When to keep a drafted token, and what to draw in its place.
 
-    It may also have a method ``forgive(kept, q)`` -> kept, bool (L,) both: rejections that stand in spite of that.
+    It may have a method ``forgive(kept, q)`` -> kept, bool (..., L) both: what stands in spite of its rejection.
     """
 
     def accept(self, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
@@ -80,27 +81,24 @@ class Tolerance:
 def verify(p: Tensor, q: Tensor, tokens: Tensor, rule: Rule, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Judge one round (Algorithm 1) -> (n, next), 0-dim int64 on the device, no host synchronisation.
 
-    p (L, V): what the draft sampled tokens (L,) from; q (L+1, V): the target's. n: how many
-    drafted tokens are accepted before the first rejection; next: the token after them,
-    resampled from the residual (n < L) or the bonus token from q_(L+1) (n = L). With L = 0
-    it is a plain step of the target.
+    p (L, V): what the draft sampled tokens (L,) from; q (L+1, V): the target's. n: how many drafted tokens are accepted
+    before the first rejection; next: the token after them, resampled from the residual (n < L) or the bonus token from
+    q_(L+1) (n = L). With L = 0 it is a plain step of the target.
     """
-    length = tokens.shape[0]
-    if length == 0:
+    if not len(tokens):
         return tokens.new_zeros(()), draw(q[0], generator)
-    uniform = torch.rand(length, generator=generator, device=p.device)  # [0, 1)
-    kept = judged(rule, uniform, p, q[:-1], tokens)
-    n = kept.long().cumprod(0).sum()
-    ended = n[None]  # an index tensor: p[n] would read n on the host
-    drafted = torch.cat((p, torch.zeros_like(p[:1])))  # past the draft p = 0: the residual is q
-    rest = rule.residual(drafted.index_select(0, ended), q.index_select(0, ended))
-    return n, draw(rest[0], generator)
+    n, rest = settle(p, q, tokens, rule, torch.rand(tokens.shape, generator=generator, device=p.device))
+    return n, draw(rest, generator)
 
 
-def judged(rule: Rule, uniform: Tensor, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
-    """Which tokens the rule keeps, each by itself: uniform, tokens (..., L), p, q (..., L, V) -> bool (..., L)."""
-    kept = uniform < rule.accept(p, q, tokens)
-    return rule.forgive(kept, q) if hasattr(rule, "forgive") else kept
+def settle(p: Tensor, q: Tensor, tokens: Tensor, rule: Rule, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """p (..., L, V), q (..., L+1, V), tokens and draws of [0, 1) (..., L) -> n (...), and the law of next (..., V)."""
+    kept = uniform < rule.accept(p, q[..., :-1, :], tokens)
+    kept = rule.forgive(kept, q[..., :-1, :]) if hasattr(rule, "forgive") else kept
+    n = kept.long().cumprod(-1).sum(-1)
+    ended = n[..., None, None].expand(*n.shape, 1, q.shape[-1])  # an index tensor: p[n] would read n on the host
+    drafted = F.pad(p, (0, 0, 0, 1))  # past the draft p = 0: the residual is q
+    return n, rule.residual(drafted.gather(-2, ended), q.gather(-2, ended))[..., 0, :]
 
 
 def verify_block(p: Tensor, q: Tensor, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

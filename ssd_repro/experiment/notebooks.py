@@ -16,7 +16,7 @@ from time import monotonic
 from ..errors import InputError
 from ..files import locked, source_tree
 from ..processes import is_first, is_launched, launched_group, run_in_processes
-from . import notebook_html
+from . import notebook_html, setups
 from .provenance import relative, results_folder
 
 COMMITTED = "mini"  # the profile whose results README shows
@@ -41,6 +41,21 @@ def all_profiles() -> list[Path]:
     return sorted((notebooks_folder() / "profiles").glob("*.yaml"))
 
 
+def setup_settings() -> dict[str, None]:
+    """Names of the settings that any setup has: parameters of each notebook that has a ``setup``, though undeclared."""
+    return dict.fromkeys(setups.sections(notebooks_folder() / "setups.yaml")[setups.FIRST])
+
+
+def with_settings(values: dict) -> dict:
+    """A notebook's parameters with, in place of ``setup``, its settings; those that stand among the parameters win."""
+    values = dict(values)
+    if "setup" not in values:
+        return values
+    settings = setups.settings_of(values.pop("setup"), notebooks_folder() / "setups.yaml") | values
+    check_given({name: "" for name in settings if settings[name] is None})
+    return settings
+
+
 def first_line(path: Path) -> str:
     text = path.read_text("utf-8")
     text = json.loads(text)["cells"][0]["source"][0] if path.suffix == ".ipynb" else text
@@ -62,8 +77,10 @@ def declared(path: Path) -> dict[str, dict]:
     return papermill.inspect_notebook(str(path))
 
 
-def declared_anywhere() -> set[str]:
-    return {name for path in all_notebooks() for name in declared(path)}
+def known_anywhere() -> set[str]:
+    """Names of parameters, and of the settings of setups where a notebook has one."""
+    names = {name for path in all_notebooks() for name in declared(path)}
+    return names | set(setup_settings()) if "setup" in names else names
 
 
 def one_line(text: str) -> None:
@@ -83,13 +100,15 @@ def check_parameters(namespace: dict) -> dict:
 
     InputError also for a name that papermill injected and no notebook declares; one profile serves all notebooks.
     """
-    kinds = namespace["__annotations__"]
+    kinds = dict(namespace["__annotations__"])
     cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]  # papermill's
     injected = [statement.targets[0].id for cell in cells for statement in ast.parse(cell).body]
     if foreign := [name for name in injected if name not in kinds]:
-        check_names(foreign, declared_anywhere(), kinds)
+        settings = setup_settings() if "setup" in kinds else {}
+        check_names(foreign, known_anywhere(), [*kinds, *settings])
+        kinds |= {name: str for name in foreign if name in settings}
     check_given({name: "" for name in kinds if namespace[name] is None})
-    return {name: as_declared(name, kind, namespace[name]) for name, kind in kinds.items()}
+    return with_settings({name: as_declared(name, kind, namespace[name]) for name, kind in kinds.items()})
 
 
 def check_names(names, known, suggested=None) -> None:
@@ -132,7 +151,7 @@ def read_profile(name: str) -> dict:
     values = yaml.safe_load(known[name].read_text("utf-8"))
     if not isinstance(values, dict):
         raise InputError(f"profile {name} must hold lines NAME: VALUE")
-    if unknown := sorted(set(values) - declared_anywhere()):
+    if unknown := sorted(set(values) - known_anywhere()):
         raise InputError(f"profile {name} sets {unknown[0]!r}, which no notebook has")
     return values
 
@@ -140,6 +159,9 @@ def read_profile(name: str) -> dict:
 def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str, str]]) -> dict[Path, dict]:
     """Each notebook's parameters: those it declares, of the profile and then of the options -p."""
     known = {path: declared(path) for path in notebooks}
+    for parameters in known.values():
+        if "setup" in parameters:
+            parameters |= {name: {"inferred_type_name": "str", "help": ""} for name in setup_settings()}
     about = {name: parameter for parameters in known.values() for name, parameter in parameters.items()}
     check_names(dict(options), about)
     kinds = {name: parameter["inferred_type_name"] for name, parameter in about.items()}
@@ -147,7 +169,10 @@ def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str
     values = {name: value for name, value in profile.items() if name in about} | given
     check_given({name: about[name]["help"] for name, value in values.items() if value is None})
     values = {name: as_declared(name, kinds[name], value) for name, value in values.items()}
-    return {path: {name: v for name, v in values.items() if name in known[path]} for path in notebooks}
+    chosen = {path: {name: v for name, v in values.items() if name in known[path]} for path in notebooks}
+    for parameters in chosen.values():
+        with_settings(parameters)  # a setup that is none, or leaves something open, is known before any work
+    return chosen
 
 
 def command(notebook: str, about: dict, processes: int, whole: bool = False) -> str:
@@ -161,7 +186,7 @@ def command(notebook: str, about: dict, processes: int, whole: bool = False) -> 
     words += ["--processes", f"{processes:g}"] if processes > 1 else []
     try:
         (path,) = choose_notebooks([notebook])
-        known = defaults(path) | read_profile(about["profile"])
+        known = with_settings(defaults(path) | read_profile(about["profile"]))
     except InputError:
         known = {}
     for name, value in given.items():
@@ -187,7 +212,7 @@ def run_notebooks(
     os.environ.setdefault("PYTHONWARNINGS", QUIET)
     with locked(folder / ".run.lock") if is_first() else nullcontext():
         if is_launched() or processes > 1:
-            complete = {path.stem: defaults(path) | values for path, values in given.items()}
+            complete = {path.stem: with_settings(defaults(path) | values) for path, values in given.items()}
             if not is_launched():
                 run_in_processes(processes, make_rows, complete)
             else:

@@ -154,9 +154,11 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
 # profiles: by papermill alone, and by the command
 
 
+GIVEN = dict.fromkeys(("weights", "draft", "data"), "given")  # what the profile paper leaves open
+
+
 def values_of(profile):
-    values = yaml.safe_load(profile.read_text())
-    return {name: "given" if value is None else value for name, value in values.items()}
+    return yaml.safe_load(profile.read_text()) | (GIVEN if profile.stem == "paper" else {})
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
@@ -165,13 +167,16 @@ def test_every_notebook_runs_with_every_profile_by_papermill_alone(profile):
     for path in NOTEBOOKS:
         parameters = notebooks.check_parameters(execute(path, values_of(profile), cells=2))
         assert parameters["profile"] == profile.stem == provenance.results_folder("", parameters["profile"]).name
-        assert parameters == notebooks.defaults(path) | {k: v for k, v in values_of(profile).items() if k in parameters}
+        given = {k: v for k, v in GIVEN.items() if parameters.get(k) == v}
+        declared = {k: v for k, v in values_of(profile).items() if k in notebooks.declared(path)}
+        assert parameters == notebooks.with_settings(notebooks.defaults(path) | declared | given)
+        assert given or profile.stem != "paper" or "setup" not in notebooks.declared(path)
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
 def test_every_profile_fits_the_command(profile):
     values = notebooks.read_profile(profile.stem)
-    given = [(name, "given") for name, value in values.items() if value is None]
+    given = list(GIVEN.items()) if profile.stem == "paper" else []
     parameters = notebooks.parameters_for(NOTEBOOKS, values, given)
     assert all(chosen["profile"] == profile.stem for chosen in parameters.values())
 
@@ -184,6 +189,56 @@ def test_what_no_notebook_has_or_the_profile_leaves_open_is_an_error():
         execute(path, {"seed": "one"}, cells=3)
     with pytest.raises(InputError, match="leaves weights, draft, data open: add -p weights VALUE -p draft VALUE"):
         execute(path, yaml.safe_load(paper.read_text()), cells=3)
+    with pytest.raises(InputError, match="leaves draft, data open"):
+        notebooks.parameters_for([path], notebooks.read_profile("paper"), [("weights", "somewhere")])
+
+
+# setups: voice, machine and metric models by one name
+
+
+def test_a_setup_becomes_its_settings_and_single_ones_win():
+    path = BY_NUMBER[1]
+    plain, changed, given = (
+        notebooks.check_parameters(execute(path, values, cells=2))
+        for values in ({}, {"setup": "gpu precision=fp32 weights='a b'"}, {"setup": "gpu", "device": "cpu"})
+    )
+    assert "setup" not in plain and (plain["device"], plain["precision"], plain["weights"]) == ("auto", "fp32", "")
+    assert (changed["device"], changed["precision"], changed["weights"]) == ("cuda", "fp32", "a b")
+    assert (given["device"], given["precision"], given["runtime"]) == ("cpu", "bf16", "graphs")
+    chosen = notebooks.parameters_for([path], {"setup": "gpu"}, [("device", "cpu")])[path]
+    assert notebooks.with_settings(notebooks.defaults(path) | chosen) == given
+
+
+def test_the_command_of_a_row_names_what_differs_from_the_setup_of_its_profile():
+    own = notebooks.with_settings(notebooks.defaults(BY_NUMBER[1]) | notebooks.read_profile("gpu"))
+    about = {"profile": "gpu", "parameters": own | {"precision": "fp32", "draft_length": 2}}
+    assert notebooks.command("01_table1", about, 1) == "ssd-repro run --profile gpu -p precision fp32 -p draft_length 2"
+
+
+@pytest.mark.parametrize(
+    ("setup", "about"),
+    [
+        ("nobody", "unknown setup 'nobody': choose one of bundled, gpu, cosyvoice"),
+        ("bundled speed=9", "'speed=9' must be SETTING=VALUE with one of the settings weights, draft, "),
+        ("bundled precision", "'precision' must be SETTING=VALUE"),
+        ("bundled weights='a", "must be a name, then NAME=VALUE"),
+        ("", "must be a name"),
+    ],
+)
+def test_a_setup_that_is_none_is_one_sentence(setup, about):
+    with pytest.raises(InputError, match=about):
+        notebooks.check_parameters(execute(BY_NUMBER[1], {"setup": setup}, cells=2))
+    with pytest.raises(InputError, match=about):
+        notebooks.parameters_for([BY_NUMBER[1]], {}, [("setup", setup)])
+
+
+def test_notebooks_ask_for_few_things():
+    """Beside the folder's two names: what the experiment is, and one setup in place of nine settings."""
+    settings = set(notebooks.setup_settings())
+    for path in RESULTS:
+        names = set(notebooks.declared(path))
+        assert not names & settings, path.stem
+    assert all(len(notebooks.declared(BY_NUMBER[number])) <= 8 for number in (1, 2, 3, 4))
 
 
 # executed
