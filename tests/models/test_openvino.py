@@ -47,20 +47,37 @@ def test_logits_are_the_eager_ones(t, blocks):
 
 
 @torch.inference_mode()
-def test_a_used_state_is_clean_and_tables_grow(monkeypatch):
+def test_a_used_request_is_clean_and_caches_grow(monkeypatch):
     monkeypatch.setattr(runtime, "ROOM", 4)
     model, prefix = runtime.OpenVINOLM(TARGET, threads=1), torch.randn(1, 7, 16, generator=generator())
     first, second = model.session(), model.session()
-    assert first.request is not second.request
-    wanted, used = first.prefill(prefix), first.request
-    first.extend(torch.randint(0, 13, (1, 9)))
+    wanted, tokens = first.prefill(prefix), torch.randint(0, 13, (1, 9), generator=generator())
+    after, used = first.extend(tokens), dict(first.requests)
+    assert set(used) == {7, 9} and first.cache.shape[2] == 16
+    assert torch.equal(second.prefill(prefix), wanted) and second.requests[7] is not used[7]
     del first
     again = model.session()
-    assert again.request is used and torch.equal(again.prefill(prefix), wanted)
+    assert torch.equal(again.prefill(prefix), wanted) and again.requests[7] is used[7]
+    assert torch.equal(again.extend(tokens), after) and again.requests[9] is used[9]
     with pytest.raises(RuntimeError):
         again.prefill(prefix)
     with pytest.raises(ValueError):
-        again.crop(8)
+        again.crop(17)
+
+
+@pytest.mark.parametrize("n", [16, 17, 40, 70])
+@torch.inference_mode()
+def test_wide_blocks_are_cut_and_filled_up(n, monkeypatch):
+    """What fills a block up is never seen: neither by its own rows nor by later ones."""
+    monkeypatch.setattr(runtime, "MOST", 64)
+    eager, fast = TARGET.session(), FAST.session()
+    prefix, tokens = torch.randn(1, n, 16, generator=generator()), torch.randint(0, 13, (1, n), generator=generator())
+    for session in (eager, fast):
+        session.prefill(prefix)
+        session.crop(n - 3)
+    torch.testing.assert_close(fast.extend(tokens), eager.extend(tokens), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast.extend(tokens[:, :2]), eager.extend(tokens[:, :2]), atol=1e-4, rtol=1e-4)
+    assert fast.length == eager.length and (runtime.ANY in fast.requests) == (n > runtime.NARROW)
 
 
 @settings(max_examples=15, deadline=None)
@@ -80,9 +97,11 @@ def test_the_same_seed_gives_the_same_tokens():
 
 
 def test_the_plugin_finds_its_patterns():
-    """Attention and cache are one kernel, the rotary embedding another; without them a step takes twice its time."""
-    kinds = Counter(str(op.get_rt_info()["layerType"].value) for op in FAST.compiled.get_runtime_model().get_ops())
-    assert kinds["ScaledDotProductAttention"] == 4 and kinds["RoPE"] == 8 and kinds["RMS"] == 9
+    """The rotary embedding of queries and keys is one kernel a layer, a norm another, a projection with its bias, too."""
+    kinds = Counter(str(op.get_rt_info()["layerType"].value) for op in FAST.compiled(4).get_runtime_model().get_ops())
+    assert (
+        kinds["RoPE"] == 4 and kinds["RMS"] == 9 and kinds["FullyConnected"] == 4 * 4 + 1 and kinds["MatMul"] == 4 * 4
+    )
 
 
 @pytest.mark.parametrize("heads, kv_heads, bias", [(14, 2, False), (2, 2, True)])
