@@ -1,13 +1,17 @@
 """OpenVINO forwards for CPUs: the decoder as a graph, compiled once for each number of rows that is asked for.
 
 The decoder is written down once in OpenVINO's operations, on the model's own weights. Keys and values lie outside of
-it, in one array of a session that grows by ROOM positions: they are inputs, which a forward reads in place, and what it
-adds to them is an output. So shapes change once in ROOM positions and not with every token, attention is a matrix product
-over all rows of a block (OpenVINO's own kernel of attention and cache computes it row by row), and a rollback is a number.
+it, in one array of a session that grows by ROOM positions: they are inputs, which a forward reads in place, and what
+it adds to them is an output. So shapes change once in ROOM positions and not with every token, attention is a matrix
+product over all rows of a block (OpenVINO's own kernel of attention and cache takes row after row, and a verification
+of four three times a step's time for it), and a rollback is a number.
 
-A graph of fixed rows runs a step in some four fifths of the time of one for any number of rows; its price is one more copy
-of the packed weights for each number. Prefills share one for any number. The rotary embedding is one kernel only where
-the plugin finds its pattern, halves that are cut by Slice (a test counts these kernels).
+WEIGHTS: a matrix that is whole numbers of -127 .. 127 times a scale of each row, as the bundled voice's are, stands in
+the graph as these: the same numbers, in a quarter of the bytes. Products are in fp32; logits are eager's but for
+rounding. So a graph of its own for each number of rows, some four fifths of the time of one for any number, is cheap.
+
+Prefills share one graph for any number. The rotary embedding is one kernel only where the plugin finds its pattern,
+halves that are cut by Slice (a test counts these kernels).
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from torch import Tensor
 from transformers import LlamaModel, PreTrainedModel, Qwen2Model, Qwen3Model
 
 from ...errors import InputError
+from ..int8 import by_row, is_by_row
 from ..speech_lm import SpeechLM
 
 DECODERS = (Qwen2Model, LlamaModel, Qwen3Model)  # what ``_graph`` writes down, and no class derived from them
-PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of products; int8 is of weights alone
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of products; int8: weights are rounded to it
 ROOM = 128  # positions by which a session's cache grows
 NARROW = 16  # so many rows at most have a graph of their own
 WIDE, MOST = 32, 256  # more share one, in blocks of at most MOST rows, filled up to a multiple of WIDE: few shapes
@@ -61,6 +66,7 @@ class OpenVINOLM:
     lm: on the CPU in fp32, its decoder one of DECODERS with full attention. threads: of a forward.
     precision: 'fp32'; 'int8' weights, a scale for each output, products in fp32; 'bf16' weights and
     products where the CPU computes in it. Logits come as float32. InputError if one cannot be had.
+    weight_bytes: of a weight in memory; 1 in fp32, too, where that rounds nothing.
     """
 
     def __init__(self, lm: SpeechLM, threads: int, precision: str = "fp32") -> None:
@@ -69,8 +75,6 @@ class OpenVINOLM:
             raise InputError(f"runtime openvino is for the CPU, the model is on {lm.head.weight.device}")
         if precision not in PRECISIONS or PRECISIONS[precision].upper() not in ("F32", *capabilities()):
             raise InputError(f"runtime openvino on this CPU has no precision {precision!r}: choose fp32 or int8")
-        import openvino
-
         self.lm, self.threads = lm, threads
         self.settings = {
             "INFERENCE_NUM_THREADS": threads,
@@ -78,7 +82,7 @@ class OpenVINOLM:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same core
         }
-        self.graph = _graph(lm, precision == "int8")
+        self.graph, self.weight_bytes = _graph(lm, precision)
         self._compiled: dict = {}  # rows -> the graph for so many
         self._free: dict[int, list] = {}  # rows -> infer requests that no session has
         self._lock = threading.Lock()  # threads may share a model
@@ -158,7 +162,7 @@ def causal(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> OpenVINOLM:
 
 
 class OpenVINOSession:
-    """One sequence. cache (2 x layers, key-value heads, room, head size): keys and values, ``length`` positions of it."""
+    """One sequence. cache (2 x layers, key-value heads, room, head size): keys and values, of ``length`` positions."""
 
     def __init__(self, model: OpenVINOLM) -> None:
         self.model, self.length, self.features = model, 0, None
@@ -254,8 +258,8 @@ def _later(n: int) -> np.ndarray:
 ROWS = {"embeddings": (1,), "cos": (2,), "sin": (2,), "mask": (0,)}  # inputs of ``_graph``: where their rows stand
 
 
-def _graph(lm: SpeechLM, int8: bool = False):
-    """The whole forward as an openvino.Model; int8: its weights as whole numbers of -127 .. 127 times a scale.
+def _graph(lm: SpeechLM, precision: str):
+    """The whole forward as an openvino.Model, and the bytes of a weight in it: 1 if all matrices are int8.
 
     Outputs: keys and values of the new positions, shaped as a session's cache; logits; the features, if any.
     """
@@ -280,15 +284,18 @@ def _graph(lm: SpeechLM, int8: bool = False):
     def integers(*values: int):
         return ops.constant(np.array(values, np.int64))
 
+    weight_bytes = []  # of each matrix
+
     def linear(x, *layers):
         """Several projections of the same input, as one."""
         weight = torch.cat([layer.weight.detach().float() for layer in layers])
-        if int8:
-            scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-            whole = ops.constant((weight / scale).round().to(torch.int8).numpy())
-            constant = ops.multiply(ops.convert(whole, np.float32), ops.constant(scale.numpy()))
+        if precision == "int8" or (precision == "fp32" and is_by_row(weight)):
+            whole, scale = (ops.constant(each.numpy()) for each in by_row(weight))
+            constant = ops.multiply(ops.convert(whole, np.float32), scale)
+            weight_bytes.append(1)
         else:
             constant = ops.constant(weight.numpy())
+            weight_bytes.append(2 if precision == "bf16" else 4)
         product = ops.matmul(x, constant, False, True)
         if layers[0].bias is None:
             return product
@@ -318,7 +325,7 @@ def _graph(lm: SpeechLM, int8: bool = False):
     news = []  # (kv heads, n, size) each
 
     def attend(q, k, v):
-        """q (1, heads, n, size), scaled; k, v (1, kv heads, n, size) -> (1, heads, n, size). Cached and new ones apart."""
+        """q (1, heads, n, size), scaled; k, v (1, kv heads, n, size) -> (1, heads, n, size)."""
         key, value = (nodes[f"cache{len(news) + i}"] for i in range(2))
         k, v = (ops.squeeze(each, integers(0)) for each in (k, v))
         news.extend((k, v))
@@ -356,4 +363,4 @@ def _graph(lm: SpeechLM, int8: bool = False):
         x = linear(x, part)
     outputs = [ops.concat([ops.unsqueeze(each, integers(0)) for each in news], 0), x]
     outputs += [ops.concat([depths[tap - 1] for tap in lm.taps], -1)] if lm.taps else []
-    return Model([node.output(0) for node in outputs], list(nodes.values()), "speech_lm")
+    return Model([node.output(0) for node in outputs], list(nodes.values()), "speech_lm"), max(weight_bytes)
