@@ -217,12 +217,11 @@ def run_speak(options) -> int:
     if options.out:
         check_output(options.out)
     machine = {name: getattr(options, name) for name in ("device", "runtime", "precision", "threads")}
-    names = ("method", "voice", "tolerance", "draft_length", "drafter", "rule", "verification", "confidence", "seed")
+    names = ("method", "voice", "tolerance", "draft_length", "rule", "verification", "confidence", "seed")
+    settings = {name: getattr(options, name) for name in names}
     with redirect_stdout(sys.stderr):  # whatever a library prints
         voice = load(options.weights, **machine)
-        options.drafter = options.drafter or voice.drafter_at(options.tolerance)
-        settings = {name: getattr(options, name) for name in names}
-        take = voice.warm_up(**settings).speak(options.text, **settings)
+        take = voice.speak(options.text, drafter=options.drafter or voice.drafter_at(options.tolerance), **settings)
         written = options.out and str(take.save(options.out))
     print(json.dumps({**take.summary(), "out": written}) if options.json else _described(take, written))
     return 0
@@ -347,11 +346,12 @@ def run_tokenise(options) -> int:
 
 
 def run_train_draft(options) -> int:
+    from dataclasses import fields
+
     from .training import draft
     from .training.loop import Settings
 
-    known = (name for name in Settings.__dataclass_fields__ if name != "until")
-    settings = Settings(**{name: getattr(options, name) for name in known})
+    settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "until"})
     more = ("recipe", "loss", "drafter", "held_out", "longest", "samples", "sample_batch", "device")
     rest = {name: getattr(options, name) for name in more}
     draft.train(options.target, options.data, options.out, settings, **rest, log=_log)

@@ -212,7 +212,7 @@ def _timed(bench: Bench, said: Utterance, turn: int, repeats: int) -> dict[Conte
     load = LoadMeter()
     takes = [{c: bench.take(c, pieces, said.seed) for c in order} for _ in range(repeats)]
     about = {"processes": 1, "other_load": load.other_load(), "prefix": pieces[0][0].shape[1], "pieces": len(pieces)}
-    about["geometry"] = cost.facts(bench.voice.target, bench.voice.draft, bench.voice.models[0])
+    about["geometry"] = cost.facts(bench.voice.target, bench.voice.draft)
     return {c: _fields([t[c] for t in takes]) | bench.forwards(c, pieces, said.seed) | about for c in order}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..decoding.drafters import LanguageModel
 from ..errors import InputError
 from ..models.draft import draft_layers
 from ..models.speech_lm import SpeechLM
@@ -20,10 +19,7 @@ COSYVOICE = {"text_vocab": 151_936, "speech_vocab": 6564}  # CosyVoice 2
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a SpeechLM with a Qwen2 decoder; head: of an attention head.
-
-    weight_bytes: of a weight as the runtime keeps it; None: as the precision says.
-    """
+    """The sizes of a SpeechLM with a Qwen2 decoder; head: of an attention head."""
 
     layers: int
     hidden: int
@@ -34,10 +30,9 @@ class Geometry:
     text_vocab: int
     speech_vocab: int
     bias: bool = True  # of the head
-    weight_bytes: int | None = None
 
     @classmethod
-    def of(cls, lm: SpeechLM, weight_bytes: int | None = None) -> Geometry:
+    def of(cls, lm: SpeechLM) -> Geometry:
         config = lm.model.config
         return cls(
             layers=len(lm.model.layers),
@@ -49,7 +44,6 @@ class Geometry:
             text_vocab=config.vocab_size,
             speech_vocab=lm.speech_embedding.num_embeddings,
             bias=lm.head.bias is not None,
-            weight_bytes=weight_bytes,
         )
 
     @classmethod
@@ -98,15 +92,10 @@ class Geometry:
         return 2 * self.layers * self.kv_heads * self.head
 
 
-def weights_read(model: Geometry, precision: str) -> int:
-    """Bytes of weights that a forward reads."""
-    return (model.weight_bytes or BYTES[precision]) * model.step
-
-
 def read_in_step(model: Geometry, precision: str, context: int) -> int:
     """Bytes that a forward reads, whatever its number of tokens: weights and cache."""
     cached = 2 if precision == "bf16" else 4
-    return weights_read(model, precision) + cached * model.cache * context
+    return BYTES[precision] * model.step + cached * model.cache * context
 
 
 def per_token(target: Geometry, draft: Geometry, rounds: dict, precision: str, context: int) -> dict:
@@ -164,12 +153,11 @@ def memory(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found).set_index("models")
 
 
-def facts(target: SpeechLM, draft: SpeechLM, running: LanguageModel | None = None) -> dict:
-    """What rows keep of the models, for the tables of this file; running: the target as it decodes."""
+def facts(target: SpeechLM, draft: SpeechLM) -> dict:
+    """What rows keep of the models, for the tables of this file."""
     shared = {id(parameter) for parameter in target.parameters()}
     own = [layer for layer in draft.model.layers if not shared.intersection(map(id, layer.parameters()))]
-    each = getattr(running, "weight_bytes", None)
-    sizes = {name: asdict(Geometry.of(lm, each)) for name, lm in (("target", target), ("draft", draft))}
+    sizes = {name: asdict(Geometry.of(lm)) for name, lm in (("target", target), ("draft", draft))}
     return sizes | {"bottom": len(own)}
 
 

@@ -21,7 +21,6 @@ import torch
 from ..decoding.result import DecodeConfig
 from ..decoding.speculative import autoregressive, speculative
 from ..errors import InputError, check_number
-from ..models.checkpoints import pack, unpack
 from ..models.codec import TOKEN_RATE
 from ..models.draft import make_draft
 from ..models.families import small_qwen2
@@ -101,13 +100,11 @@ def _models(voice, size: Geometry, threads: int) -> dict:
         torch.manual_seed(0)
         decoder = small_qwen2(size.hidden, size.ffn, size.layers, size.heads, size.kv_heads, vocab=1)
         target = SpeechLM(decoder, size.speech_vocab).eval().to(voice.device).requires_grad_(False)
-    target.load_state_dict(unpack(pack(target.state_dict())))  # as a voice's files have them
     lms = {"target": target} | {name: make_draft(target, **layers) for name, layers in DRAFTERS.items()}
     wrap = partial(
         with_runtime, runtime=voice.runtime, precision=voice.precision, threads=threads, max_length=PROMPT + 1024
     )
-    running = {name: wrap(lm.requires_grad_(False)) for name, lm in lms.items()}
-    return {name: (running[name], facts(target, lm, running["target"])) for name, lm in lms.items()}
+    return {name: (wrap(lm.requires_grad_(False)), facts(target, lm)) for name, lm in lms.items()}
 
 
 def _prices(voice, models, point: Point, tolerance: float, tokens: int, repeats: int) -> dict[str, dict]:
@@ -230,7 +227,7 @@ def _long(voice, said, method: str, marks: list[int], draft_length: int, toleran
         config = voice.config(len(piece), tolerance, draft_length, **lengths)
         reached = _marks(partial(run, prefix, config), voice.device, [m for m in marks if m <= most], said.seed)
     numbers = {"marks": reached, "processes": 1, "other_load": load.other_load(), "prompt": prefix.shape[1]}
-    models = facts(voice.target, voice.draft, target)
+    models = facts(voice.target, voice.draft)
     return {method: {**numbers, "models": models, **speed_of_machine(voice.device, voice.threads)}}
 
 

@@ -167,7 +167,7 @@ def _prices(rows: pd.DataFrame) -> pd.DataFrame:
                 "drafter": row.drafter,
                 "threads": row.threads,
                 "L_d": int(length),
-                "weights, MB": cost.weights_read(models["target"], row.precision) / 1e6,
+                "weights, MB": cost.BYTES[row.precision] * models["target"].step / 1e6,
                 "step, ms": row.step_ms,
                 "its floor": floor(models["target"], 1),
                 "V": v,

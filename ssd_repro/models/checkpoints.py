@@ -22,7 +22,6 @@ from .codec import Codec, CodecConfig
 from .draft import make_draft, own_parameters, split_of
 from .families import sizes_of, small_decoder
 from .hidden_draft import HiddenDraft
-from .int8 import by_row
 from .speech_lm import SpeechLM
 
 BUNDLED = Path(__file__).parents[1] / "weights"
@@ -238,7 +237,9 @@ def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
     packed = {}
     for name, value in state.items():
         if value.dim() == 2:
-            value, packed[name + SCALE] = by_row(value.detach().cpu().float())
+            weight = value.detach().cpu().float()
+            packed[name + SCALE] = scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            value = (weight / scale).round().to(torch.int8)
         packed[name] = value
     return packed
 

@@ -297,17 +297,6 @@ class Voice:
                 yield audio[sent:] if sent else np.concatenate((pause, audio))
                 pause = np.zeros(int(self.gap_seconds * self.sample_rate), np.float32)
 
-    def warm_up(self, method="speculative", voice="af_heart", draft_length=3, drafter="paper", **other) -> Voice:
-        """Decode some tokens by these settings of ``speak``, unheard: what a runtime compiles or records is then there.
-
-        Every draft is accepted, so that all blocks of a round come up. Raises InputError.
-        """
-        self.check("One word.", method, voice, draft_length=draft_length, drafter=drafter, **other)
-        piece, most = self.front.pieces("One word.", voice)[0], 4 * (draft_length + 1)
-        generator, lengths = torch.Generator(self.device).manual_seed(0), {"max_tokens": most, "min_tokens": most}
-        self.decode(piece, method, voice, 1.0, draft_length, generator, drafter=drafter, **lengths)
-        return self
-
     def decode(
         self, piece, method, voice, tolerance, draft_length, generator, on_tokens=None, drafter="paper", **other
     ) -> DecodeResult:

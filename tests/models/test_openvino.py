@@ -1,6 +1,5 @@
 """The OpenVINO runtime says what the eager one says: same contract, same logits but for rounding."""
 
-import copy
 import inspect
 from collections import Counter
 
@@ -15,7 +14,6 @@ from ssd_repro.decoding.result import DecodeConfig
 from ssd_repro.decoding.sampling import Sampler
 from ssd_repro.decoding.speculative import autoregressive, speculative
 from ssd_repro.errors import InputError
-from ssd_repro.models.checkpoints import pack, unpack
 from ssd_repro.models.draft import make_draft
 from ssd_repro.models.families import small_decoder, small_qwen2
 from ssd_repro.models.runtimes import openvino as runtime
@@ -49,37 +47,20 @@ def test_logits_are_the_eager_ones(t, blocks):
 
 
 @torch.inference_mode()
-def test_a_used_request_is_clean_and_caches_grow(monkeypatch):
+def test_a_used_state_is_clean_and_tables_grow(monkeypatch):
     monkeypatch.setattr(runtime, "ROOM", 4)
     model, prefix = runtime.OpenVINOLM(TARGET, threads=1), torch.randn(1, 7, 16, generator=generator())
     first, second = model.session(), model.session()
-    wanted, tokens = first.prefill(prefix), torch.randint(0, 13, (1, 9), generator=generator())
-    after, used = first.extend(tokens), dict(first.requests)
-    assert set(used) == {7, 9} and first.cache.shape[2] == 16
-    assert torch.equal(second.prefill(prefix), wanted) and second.requests[7] is not used[7]
+    assert first.request is not second.request
+    wanted, used = first.prefill(prefix), first.request
+    first.extend(torch.randint(0, 13, (1, 9)))
     del first
     again = model.session()
-    assert torch.equal(again.prefill(prefix), wanted) and again.requests[7] is used[7]
-    assert torch.equal(again.extend(tokens), after) and again.requests[9] is used[9]
+    assert again.request is used and torch.equal(again.prefill(prefix), wanted)
     with pytest.raises(RuntimeError):
         again.prefill(prefix)
     with pytest.raises(ValueError):
-        again.crop(17)
-
-
-@pytest.mark.parametrize("n", [16, 17, 40, 70])
-@torch.inference_mode()
-def test_wide_blocks_are_cut_and_filled_up(n, monkeypatch):
-    """What fills a block up is never seen: neither by its own rows nor by later ones."""
-    monkeypatch.setattr(runtime, "MOST", 64)
-    eager, fast = TARGET.session(), FAST.session()
-    prefix, tokens = torch.randn(1, n, 16, generator=generator()), torch.randint(0, 13, (1, n), generator=generator())
-    for session in (eager, fast):
-        session.prefill(prefix)
-        session.crop(n - 3)
-    torch.testing.assert_close(fast.extend(tokens), eager.extend(tokens), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(fast.extend(tokens[:, :2]), eager.extend(tokens[:, :2]), atol=1e-4, rtol=1e-4)
-    assert fast.length == eager.length and (runtime.ANY in fast.requests) == (n > runtime.NARROW)
+        again.crop(8)
 
 
 @settings(max_examples=15, deadline=None)
@@ -92,18 +73,6 @@ def test_greedy_speculative_is_greedy_autoregressive(seed, draft_length, longest
     assert speculative(FAST, FAST_DRAFT, prefix, cfg, generator()).tokens == eager.tokens
 
 
-def test_a_draft_that_stands_whole_brings_up_every_graph_of_a_decoding():
-    """What ``Voice.warm_up`` counts on: nothing is compiled later, while the clock runs."""
-    target, draft = (runtime.OpenVINOLM(lm, threads=1) for lm in (TARGET, DRAFT))
-    prefix, sure = torch.randn(1, 20, 16, generator=generator()), {"stop_ids": (), "draft_length": 3}
-    speculative(target, draft, prefix, config(tolerance=1.0, max_tokens=16, **sure), generator())
-    assert {runtime.ANY, 4} <= set(target._compiled) and set(draft._compiled) == {runtime.ANY, 1, 2}
-    for seed in range(3):
-        speculative(target, draft, prefix, config(tolerance=0.0, max_tokens=16, **sure), generator(seed))
-    assert set(draft._compiled) == {runtime.ANY, 1, 2}
-    assert set(target._compiled) <= {runtime.ANY, 1, 2, 3, 4}  # below 4: where max_tokens cuts the last draft short
-
-
 def test_the_same_seed_gives_the_same_tokens():
     prefix, cfg = torch.randn(1, 5, 16, generator=generator(9)), config(tolerance=0.4)
     first, second = (speculative(FAST, FAST_DRAFT, prefix, cfg, generator(3)) for _ in range(2))
@@ -111,11 +80,9 @@ def test_the_same_seed_gives_the_same_tokens():
 
 
 def test_the_plugin_finds_its_patterns():
-    """The rotary embedding of queries and keys is one kernel a layer, a norm another, a projection with its bias."""
-    kinds = Counter(str(op.get_rt_info()["layerType"].value) for op in FAST.compiled(4).get_runtime_model().get_ops())
-    assert (
-        kinds["RoPE"] == 4 and kinds["RMS"] == 9 and kinds["FullyConnected"] == 4 * 4 + 1 and kinds["MatMul"] == 4 * 4
-    )
+    """Attention and cache are one kernel, the rotary embedding another; without them a step takes twice its time."""
+    kinds = Counter(str(op.get_rt_info()["layerType"].value) for op in FAST.compiled.get_runtime_model().get_ops())
+    assert kinds["ScaledDotProductAttention"] == 4 and kinds["RoPE"] == 8 and kinds["RMS"] == 9
 
 
 @pytest.mark.parametrize("heads, kv_heads, bias", [(14, 2, False), (2, 2, True)])
@@ -139,22 +106,6 @@ def test_fewer_bits_are_near(precision):
     fast, exact = runtime.OpenVINOLM(TARGET, 1, precision).session(), FAST.session()
     near = fast.prefill(prefix) - exact.prefill(prefix), fast.extend(tokens) - exact.extend(tokens)
     assert all(0 < error.abs().max() < 0.3 for error in near)
-
-
-@torch.inference_mode()
-def test_weights_of_a_byte_stand_as_they_are_and_no_others():
-    """In fp32 nothing is rounded: a voice's files hold int8 and a scale of each row, and so does the graph."""
-    whole = copy.deepcopy(TARGET)
-    whole.load_state_dict(unpack(pack(TARGET.state_dict())))
-    prefix, tokens = torch.randn(1, 5, 16, generator=generator()), torch.tensor([[1, 2, 3]])
-    eager, fast = whole.session(), (small := runtime.OpenVINOLM(whole, threads=1)).session()
-    assert small.weight_bytes == 1 and FAST.weight_bytes == 4
-    kinds = Counter(str(op.get_element_type()) for op in small.graph.get_ops() if op.get_type_name() == "Constant")
-    assert sum(count for kind, count in kinds.items() if "int8" in kind) == 4 * 4 + 1
-    torch.testing.assert_close(fast.prefill(prefix), eager.prefill(prefix), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(fast.extend(tokens), eager.extend(tokens), atol=1e-5, rtol=1e-5)
-    whole.model.layers[2].mlp.up_proj.weight[1, 0] *= 1.001  # one number that is none of these
-    assert runtime.OpenVINOLM(whole, threads=1).weight_bytes == 4
 
 
 def test_it_keeps_the_contract():

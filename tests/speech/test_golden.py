@@ -13,14 +13,16 @@ import ssd_repro
 
 FILE = Path(__file__).with_name("golden_tokens.json")
 CASES = json.loads(FILE.read_text("utf-8"))
+# The voice's files hold int8 and a scale of each row: int8 in memory rounds nothing more.
+RUNTIMES = [("eager", "fp32"), ("openvino", "fp32"), ("openvino", "int8")]
 
 
 @pytest.fixture(scope="module")
 def voices():
-    return {runtime: ssd_repro.load(device="cpu", threads=1, runtime=runtime) for runtime in ("eager", "openvino")}
+    return {how: ssd_repro.load(device="cpu", threads=1, runtime=how[0], precision=how[1]) for how in RUNTIMES}
 
 
-@pytest.mark.parametrize("runtime", ["eager", "openvino"])
+@pytest.mark.parametrize("runtime", RUNTIMES, ids="-".join)
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: f"{case['voice']}-{'-'.join(map(str, case['system'].values()))}"
 )

@@ -55,14 +55,6 @@ def test_same_seed_same_tokens_and_another_seed_others(voice):
     assert np.array_equal(a.audio, b.audio)
 
 
-def test_warming_up_is_unheard_and_checks_its_settings(voice):
-    how = {"drafter": "hidden", "draft_length": 2, "tolerance": 0.0, "verification": "block"}
-    cold = voice.speak(TEXT, seed=5, **how)
-    assert voice.warm_up(**how) is voice and voice.speak(TEXT, seed=5, **how).token_ids == cold.token_ids
-    with pytest.raises(InputError, match="drafter 'nobody' is not one of this voice's"):
-        voice.warm_up(drafter="nobody")
-
-
 @pytest.mark.parametrize("method", ssd_repro.METHODS)
 def test_a_take_says_what_it_did(voice, method):
     heard = []

@@ -1,22 +1,16 @@
-"""OpenVINO forwards for CPUs: the decoder as a graph, compiled once for each number of rows that is asked for.
+"""OpenVINO forwards for CPUs: one graph with its caches inside, for blocks of any length.
 
-The decoder is written down once in OpenVINO's operations, on the model's own weights. Keys and values lie outside of
-it, in one array of a session that grows by ROOM positions: they are inputs, which a forward reads in place, and what
-it adds to them is an output. So shapes change once in ROOM positions and not with every token, attention is a matrix
-product over all rows of a block (OpenVINO's own kernel of attention and cache takes row after row, and a verification
-of four three times a step's time for it), and a rollback is a number.
+The decoder is written down once in OpenVINO's operations, on the model's own weights. Keys and
+values are states of the graph, so a step copies none of them, and the weights are packed once for
+all block lengths. OpenVINO's plugin makes one kernel of attention and cache, and one of the rotary
+embedding, only where it finds its patterns: ReadValue -> Gather by an int32 beam index -> Concat ->
+ScaledDotProductAttention, and halves that are cut by Slice (a test counts these kernels).
 
-WEIGHTS: a matrix that is whole numbers of -127 .. 127 times a scale of each row, as the bundled voice's are, stands in
-the graph as these: the same numbers, in a quarter of the bytes. Products are in fp32; logits are eager's but for
-rounding. So a graph of its own for each number of rows, some four fifths of the time of one for any number, is cheap.
-
-Prefills share one graph for any number. The rotary embedding is one kernel only where the plugin finds its pattern,
-halves that are cut by Slice (a test counts these kernels).
+A rollback moves nothing: rejected positions stay in the cache and are masked for good.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from functools import cache
 
@@ -26,15 +20,11 @@ from torch import Tensor
 from transformers import LlamaModel, PreTrainedModel, Qwen2Model, Qwen3Model
 
 from ...errors import InputError
-from ..int8 import by_row, is_by_row
 from ..speech_lm import SpeechLM
 
 DECODERS = (Qwen2Model, LlamaModel, Qwen3Model)  # what ``_graph`` writes down, and no class derived from them
-PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of products; int8: weights are rounded to it
-ROOM = 128  # positions by which a session's cache grows
-NARROW = 16  # so many rows at most have a graph of their own
-WIDE, MOST = 32, 256  # more share one, in blocks of at most MOST rows, filled up to a multiple of WIDE: few shapes
-ANY = -1  # number of rows of the graph that they share
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of products; int8 is of weights alone
+ROOM = 1024  # positions; tables and masks grow by doubling
 
 
 @cache
@@ -66,7 +56,6 @@ class OpenVINOLM:
     lm: on the CPU in fp32, its decoder one of DECODERS with full attention. threads: of a forward.
     precision: 'fp32'; 'int8' weights, a scale for each output, products in fp32; 'bf16' weights and
     products where the CPU computes in it. Logits come as float32. InputError if one cannot be had.
-    weight_bytes: of a weight in memory; 1 in fp32, too, where that rounds nothing.
     """
 
     def __init__(self, lm: SpeechLM, threads: int, precision: str = "fp32") -> None:
@@ -75,55 +64,40 @@ class OpenVINOLM:
             raise InputError(f"runtime openvino is for the CPU, the model is on {lm.head.weight.device}")
         if precision not in PRECISIONS or PRECISIONS[precision].upper() not in ("F32", *capabilities()):
             raise InputError(f"runtime openvino on this CPU has no precision {precision!r}: choose fp32 or int8")
+        import openvino
+
         self.lm, self.threads = lm, threads
-        self.settings = {
+        settings = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            "KV_CACHE_PRECISION": PRECISIONS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same core
         }
-        self.graph, self.weight_bytes = _graph(lm, precision)
-        self._compiled: dict = {}  # rows -> the graph for so many
-        self._free: dict[int, list] = {}  # rows -> infer requests that no session has
-        self._lock = threading.Lock()  # threads may share a model
+        self.compiled = openvino.Core().compile_model(_graph(lm, precision == "int8"), "CPU", settings)
+        self._free: list = []
         self._cos = self._sin = np.zeros((1, 1, 0, 0), np.float32)
-        self.compiled(ANY)
 
     def session(self) -> OpenVINOSession:
-        """A new sequence; its infer requests return to this model's store when the session is dropped."""
+        """A new sequence; its states return to this model's store when the session is dropped."""
         return OpenVINOSession(self)
 
-    def compiled(self, rows: int):
-        """The graph for blocks of so many rows; it takes seconds where it is asked for the first time."""
-        with self._lock:
-            if rows not in self._compiled:
-                import openvino
-
-                graph, shapes = self.graph.clone(), {}  # the clone has the same weights
-                for each in graph.inputs:
-                    shape = each.partial_shape
-                    for place in ROWS.get(each.any_name, ()):
-                        shape[place] = rows
-                    shapes[each.any_name] = shape
-                graph.reshape(shapes)
-                self._compiled[rows] = openvino.Core().compile_model(graph, "CPU", self.settings)
-            return self._compiled[rows]
-
-    def take(self, rows: int):
-        """An infer request of ``compiled(rows)``."""
+    def take(self):
+        """An infer request without any trace of an earlier sequence."""
         try:
-            return self._free[rows].pop()  # atomic
-        except (KeyError, IndexError):
-            return self.compiled(rows).create_infer_request()
+            request = self._free.pop()  # atomic: threads may share a model
+        except IndexError:
+            return self.compiled.create_infer_request()
+        request.reset_state()
+        return request
 
-    def give_back(self, requests: dict) -> None:
-        for rows, request in requests.items():
-            self._free.setdefault(rows, []).append(request)
+    def give_back(self, request) -> None:
+        self._free.append(request)
 
     def angles(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines of the rotary embedding, (1, 1, end - begin, head size) both."""
         if end > self._cos.shape[2]:
-            places = torch.arange(max(1024, 2 * end))[None]
+            places = torch.arange(max(ROOM, 2 * end))[None]
             cos, sin = self.lm.model.rotary_emb(torch.zeros(1), places)
             self._cos, self._sin = (x.float().numpy()[:, None] for x in (cos, sin))
         return self._cos[:, :, begin:end], self._sin[:, :, begin:end]
@@ -162,15 +136,16 @@ def causal(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> OpenVINOLM:
 
 
 class OpenVINOSession:
-    """One sequence. cache (2 x layers, key-value heads, room, head size): keys and values, of ``length`` positions."""
+    """One sequence: ``length`` counts positions; ``slots`` what the states hold, rejected positions among them."""
+
+    BEAM = np.zeros(1, np.int32)
 
     def __init__(self, model: OpenVINOLM) -> None:
-        self.model, self.length, self.features = model, 0, None
-        layers, *shape = _cache_shape(model.lm.model.config)
-        self.cache = np.zeros((2 * layers, shape[0], 1, shape[1]), np.float32)  # a prefill has nothing to look back at
-        self.requests: dict = {}  # rows -> infer request
-        self.bound: set[int] = set()  # rows of those that read ``cache``
-        weakref.finalize(self, model.give_back, self.requests).atexit = False
+        self.model, self.request = model, model.take()
+        self.length, self.slots, self.features = 0, 0, None
+        self.slot_of = np.zeros(ROOM, np.int64)  # of each position
+        self.hidden = np.zeros(ROOM, np.float32)  # of each slot: 0, or -inf where it was rejected
+        weakref.finalize(self, model.give_back, self.request).atexit = False
 
     def prefill(self, prefix: Tensor) -> Tensor:
         """Embeddings (1, T, hidden), or ids (1, T), T >= 1, once -> logits (1, V) of the last position."""
@@ -190,63 +165,38 @@ class OpenVINOSession:
         """The one rollback: forget every position from ``length`` (at most self.length) on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} positions to {length}")
+        self.hidden[self.slot_of[length : self.length]] = -np.inf
         self.length = length
 
     @torch.inference_mode()
     def _feed(self, embeddings: Tensor, last: int) -> Tensor:
         """Embeddings (1, n, hidden) -> logits (1, last, V) of the last positions."""
-        n = embeddings.shape[1]
-        blocks = [self._block(block.float().numpy(), last > 1) for block in embeddings.split(min(n, MOST), 1)]
-        logits, *features = (torch.cat(parts, 1) for parts in zip(*blocks, strict=True))
-        self.features = features[0] if features else None
-        return logits[:, -last:]
-
-    def _block(self, embeddings: np.ndarray, every: bool) -> list[Tensor]:
-        """Embeddings (1, n, hidden) -> logits (1, n, V), or (1, 1, V) of the last, and the features, if any."""
-        n, past = embeddings.shape[1], self.length
-        narrow = n <= NARROW
-        rows = n if narrow else -(-n // WIDE) * WIDE
-        request = self._request(rows if narrow else ANY)
-        mask = np.full((rows, self.cache.shape[2] + rows), -np.inf, np.float32)
-        mask[:, :past], mask[:, -rows:] = 0.0, _later(rows)
-        cos, sin = self.model.angles(past, past + rows)
+        n, past = embeddings.shape[1], self.slots
+        self._make_room(past + n)
+        mask = self.hidden[None, : past + n]
+        if n > 1:
+            mask = np.repeat(mask, n, 0)
+            mask[:, past:] += _later(n)
+        cos, sin = self.model.angles(self.length, self.length + n)
         given = {
-            "embeddings": np.pad(embeddings, ((0, 0), (0, rows - n), (0, 0))) if n < rows else embeddings,
+            "embeddings": embeddings.float().contiguous().numpy(),
             "cos": cos,
             "sin": sin,
-            "mask": mask,
-            "last": np.arange(0 if every else n - 1, n, dtype=np.int32),
+            "mask": mask[None, None],
+            "beam": self.BEAM,
+            "last": np.arange(n - last, n, dtype=np.int32),
         }
-        request.infer(given, share_inputs=True)
-        news, logits, *features = (each.data for each in request.output_tensors)
-        self._make_room(past + n)
-        self.cache[:, :, past : past + n] = news[:, :, :n]
-        self.length += n
-        return [torch.from_numpy(each.copy()) for each in (logits, *(each[:, :n] for each in features))]
+        self.request.infer(given, share_inputs=True)
+        self.slot_of[self.length : self.length + n] = np.arange(past, past + n)
+        self.length, self.slots = self.length + n, past + n
+        logits, *features = (torch.from_numpy(x.data.copy()) for x in self.request.output_tensors)
+        self.features = features[0] if features else None
+        return logits
 
-    def _make_room(self, positions: int) -> None:
-        if positions > self.cache.shape[2]:
-            more = -(-positions // ROOM) * ROOM - self.cache.shape[2]
-            self.cache = np.pad(self.cache, ((0, 0), (0, 0), (0, more), (0, 0)))
-            self.bound.clear()
-
-    def _request(self, rows: int):
-        """The infer request for so many rows, or ANY, its inputs bound to the cache."""
-        if rows not in self.requests:
-            self.requests[rows] = self.model.take(rows)
-        if rows not in self.bound:
-            from openvino import Tensor as Shared
-
-            for place, each in enumerate(self.cache):
-                self.requests[rows].set_tensor(f"cache{place}", Shared(each, shared_memory=True))
-            self.bound.add(rows)
-        return self.requests[rows]
-
-
-def _cache_shape(config) -> tuple[int, int, int]:
-    """Layers, key-value heads, head size."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_key_value_heads, size
+    def _make_room(self, slots: int) -> None:
+        if slots > len(self.hidden):
+            self.hidden, self.slot_of = (np.concatenate((x, np.zeros_like(x))) for x in (self.hidden, self.slot_of))
+            self._make_room(slots)
 
 
 @cache
@@ -255,27 +205,21 @@ def _later(n: int) -> np.ndarray:
     return np.triu(np.full((n, n), -np.inf, np.float32), 1)
 
 
-ROWS = {"embeddings": (1,), "cos": (2,), "sin": (2,), "mask": (0,)}  # inputs of ``_graph``: where their rows stand
-
-
-def _graph(lm: SpeechLM, precision: str):
-    """The whole forward as an openvino.Model, and the bytes of a weight in it: 1 if all matrices are int8.
-
-    Outputs: keys and values of the new positions, shaped as a session's cache; logits; the features, if any.
-    """
+def _graph(lm: SpeechLM, int8: bool = False):
+    """The whole forward as an openvino.Model; int8: its weights as whole numbers of -127 .. 127 times a scale."""
     from openvino import Model
     from openvino import opset13 as ops
 
     config = lm.model.config
-    layers, kv_heads, size = _cache_shape(config)
-    heads = config.num_attention_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     inputs = {
         "embeddings": ([1, -1, config.hidden_size], np.float32),
         "cos": ([1, 1, -1, size], np.float32),
         "sin": ([1, 1, -1, size], np.float32),
-        "mask": ([-1, -1], np.float32),  # (n, room + n), added to the scores
+        "mask": ([1, 1, -1, -1], np.float32),  # (1, 1, n, slots + n), added to the scores
+        "beam": ([-1], np.int32),
         "last": ([-1], np.int32),  # the places whose logits are asked for
-        **{f"cache{place}": ([kv_heads, -1, size], np.float32) for place in range(2 * layers)},
     }
     nodes = {name: ops.parameter(shape, kind, name=name) for name, (shape, kind) in inputs.items()}
     for name, node in nodes.items():
@@ -284,18 +228,15 @@ def _graph(lm: SpeechLM, precision: str):
     def integers(*values: int):
         return ops.constant(np.array(values, np.int64))
 
-    weight_bytes = []  # of each matrix
-
     def linear(x, *layers):
         """Several projections of the same input, as one."""
         weight = torch.cat([layer.weight.detach().float() for layer in layers])
-        if precision == "int8" or (precision == "fp32" and is_by_row(weight)):
-            whole, scale = (ops.constant(each.numpy()) for each in by_row(weight))
-            constant = ops.multiply(ops.convert(whole, np.float32), scale)
-            weight_bytes.append(1)
+        if int8:
+            scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            whole = ops.constant((weight / scale).round().to(torch.int8).numpy())
+            constant = ops.multiply(ops.convert(whole, np.float32), ops.constant(scale.numpy()))
         else:
             constant = ops.constant(weight.numpy())
-            weight_bytes.append(2 if precision == "bf16" else 4)
         product = ops.matmul(x, constant, False, True)
         if layers[0].bias is None:
             return product
@@ -307,9 +248,8 @@ def _graph(lm: SpeechLM, precision: str):
         scaled = ops.multiply(x, ops.divide(ops.constant(np.float32(1)), root))
         return ops.multiply(ops.constant(norm.weight.detach().float().numpy()), scaled)
 
-    def split(x, *counts: int):
-        """(1, sum of counts, n, size) -> its heads, so many each."""
-        return ops.variadic_split(x, integers(1), integers(*counts)).outputs()
+    def by_head(x, count: int):
+        return ops.transpose(ops.reshape(x, integers(1, -1, count, size), False), integers(0, 2, 1, 3))
 
     def rotate(x):
         left = ops.slice(x, integers(0), integers(size // 2), integers(1), integers(3))
@@ -317,38 +257,33 @@ def _graph(lm: SpeechLM, precision: str):
         turned = ops.concat([ops.multiply(right, ops.constant(np.float32(-1))), left], -1)
         return ops.add(ops.multiply(x, nodes["cos"]), ops.multiply(turned, nodes["sin"]))
 
-    def sizes(name: str, axis: int):
-        return ops.gather(ops.shape_of(nodes[name]), integers(axis), ops.constant(np.int64(0)))
+    sinks = []
 
-    rows, wide = sizes("mask", 0), sizes("mask", 1)
-    room, grouped = ops.subtract(wide, rows), integers(kv_heads, heads // kv_heads)
-    news = []  # (kv heads, n, size) each
-
-    def attend(q, k, v):
-        """q (1, heads, n, size), scaled; k, v (1, kv heads, n, size) -> (1, heads, n, size)."""
-        key, value = (nodes[f"cache{len(news) + i}"] for i in range(2))
-        k, v = (ops.squeeze(each, integers(0)) for each in (k, v))
-        news.extend((k, v))
-        q = ops.reshape(q, integers(kv_heads, -1, size), False)  # the query heads of a key-value head are rows of it
-        cached = ops.transpose(ops.matmul(key, q, False, True), integers(0, 2, 1))
-        scores = ops.concat([cached, ops.matmul(q, k, False, True)], 2)
-        scores = ops.add(ops.reshape(scores, ops.concat([grouped, rows, wide], 0), False), nodes["mask"])
-        weights = ops.reshape(ops.softmax(scores, -1), ops.concat([integers(kv_heads, -1), wide], 0), False)
-        old, new = ops.variadic_split(weights, integers(2), ops.concat([room, rows], 0)).outputs()
-        seen = ops.add(ops.matmul(old, value, False, False), ops.matmul(new, v, False, False))
-        return ops.reshape(seen, integers(1, heads, -1, size), False)
+    def remember(x, name: str):
+        """The state ``name`` with x, (1, kv heads, n, head size), behind it; one copy a query head."""
+        empty = ops.broadcast(ops.constant(np.float32(0)), integers(1, kv_heads, 0, size))
+        kept = ops.read_value(empty, name, np.float32, [-1, kv_heads, -1, size])
+        kept = ops.gather(kept, nodes["beam"], ops.constant(np.int64(0)))
+        whole = ops.concat([kept, x], 2)
+        sinks.append(ops.assign(whole, name))
+        if heads == kv_heads:
+            return whole
+        shape = integers(1, 1, heads // kv_heads, 1, 1)
+        many = ops.broadcast(ops.unsqueeze(whole, integers(2)), shape, broadcast_spec="BIDIRECTIONAL")
+        return ops.reshape(many, integers(1, heads, -1, size), False)
 
     x, depths = nodes["embeddings"], []
-    for layer in lm.model.layers:
+    for number, layer in enumerate(lm.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         joined = linear(normalise(x, layer.input_layernorm), attention.q_proj, attention.k_proj, attention.v_proj)
-        joined = ops.reshape(joined, integers(1, -1, heads + 2 * kv_heads, size), False)
-        both, v = split(ops.transpose(joined, integers(0, 2, 1, 3)), heads + kv_heads, kv_heads)
+        lengths = integers(heads * size, kv_heads * size, kv_heads * size)
+        q, k, v = ops.variadic_split(joined, integers(-1), lengths).outputs()
+        q, k = by_head(q, heads), by_head(k, kv_heads)
         if hasattr(attention, "q_norm"):
-            q, k = split(both, heads, kv_heads)
-            both = ops.concat([normalise(q, attention.q_norm), normalise(k, attention.k_norm)], 1)
-        q, k = split(rotate(both), heads, kv_heads)
-        seen = attend(ops.multiply(q, ops.constant(np.float32(size**-0.5))), k, v)
+            q, k = normalise(q, attention.q_norm), normalise(k, attention.k_norm)
+        key = remember(rotate(k), f"key{number}")
+        value = remember(by_head(v, kv_heads), f"value{number}")
+        seen = ops.scaled_dot_product_attention(rotate(q), key, value, nodes["mask"])
         seen = ops.reshape(ops.transpose(seen, integers(0, 2, 1, 3)), integers(1, -1, heads * size), False)
         x = ops.add(x, linear(seen, attention.o_proj))
         both = linear(normalise(x, layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
@@ -361,6 +296,5 @@ def _graph(lm: SpeechLM, precision: str):
     x = x if lm.taps else normalise(x, lm.model.norm)
     for part in lm.head if isinstance(lm.head, torch.nn.Sequential) else [lm.head]:
         x = linear(x, part)
-    outputs = [ops.concat([ops.unsqueeze(each, integers(0)) for each in news], 0), x]
-    outputs += [ops.concat([depths[tap - 1] for tap in lm.taps], -1)] if lm.taps else []
-    return Model([node.output(0) for node in outputs], list(nodes.values()), "speech_lm"), max(weight_bytes)
+    outputs = [x, *([ops.concat([depths[tap - 1] for tap in lm.taps], -1)] if lm.taps else [])]
+    return Model([node.output(0) for node in outputs], sinks, list(nodes.values()), "speech_lm")
