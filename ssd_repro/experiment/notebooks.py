@@ -169,10 +169,18 @@ def parameters_for(notebooks: list[Path], profile: dict, options: list[tuple[str
     values = {name: value for name, value in profile.items() if name in about} | given
     check_given({name: about[name]["help"] for name, value in values.items() if value is None})
     values = {name: as_declared(name, kinds[name], value) for name, value in values.items()}
-    chosen = {path: {name: v for name, v in values.items() if name in known[path]} for path in notebooks}
-    for parameters in chosen.values():
-        with_settings(parameters)  # a setup that is none, or leaves something open, is known before any work
-    return chosen
+    return {path: _folded({n: v for n, v in values.items() if n in known[path]}, known[path]) for path in notebooks}
+
+
+def _folded(values: dict, known: dict[str, dict]) -> dict:
+    """Settings go behind the notebook's ``setup``: papermill warns of a parameter that it does not declare."""
+    if "setup" in known:
+        base = values.get("setup", ast.literal_eval(known["setup"]["default"]))
+        settings = {name: values[name] for name in setup_settings() if name in values}
+        values = {name: value for name, value in values.items() if name not in settings}
+        values["setup"] = " ".join([base, *(f"{name}={shlex.quote(value)}" for name, value in settings.items())])
+        with_settings(values)  # one that is none, or leaves something open, is known before any work
+    return values
 
 
 def command(notebook: str, about: dict, processes: int, whole: bool = False) -> str:

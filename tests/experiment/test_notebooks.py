@@ -206,7 +206,9 @@ def test_a_setup_becomes_its_settings_and_single_ones_win():
     assert (changed["device"], changed["precision"], changed["weights"]) == ("cuda", "fp32", "a b")
     assert (given["device"], given["precision"], given["runtime"]) == ("cpu", "bf16", "graphs")
     chosen = notebooks.parameters_for([path], {"setup": "gpu"}, [("device", "cpu")])[path]
-    assert notebooks.with_settings(notebooks.defaults(path) | chosen) == given
+    assert notebooks.with_settings(notebooks.defaults(path) | chosen) == given and chosen["setup"] == "gpu device=cpu"
+    empty = notebooks.parameters_for([path], {"setup": "gpu"}, [("weights", "a b"), ("whisper", "")])[path]
+    assert empty == {"setup": "gpu weights='a b' whisper=''"} and notebooks.with_settings(empty)["whisper"] == ""
 
 
 def test_the_command_of_a_row_names_what_differs_from_the_setup_of_its_profile():
