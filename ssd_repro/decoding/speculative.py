@@ -92,7 +92,7 @@ def verify(p: Tensor, q: Tensor, tokens: Tensor, rule: Rule, generator: torch.Ge
 
 
 def settle(p: Tensor, q: Tensor, tokens: Tensor, rule: Rule, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """p (..., L, V), q (..., L+1, V), tokens and draws of [0, 1) (..., L) -> n (...), and the law of next (..., V)."""
+    """p (..., L, V), q (..., L+1, V), tokens and draws of [0, 1) (..., L) -> n (...), and what next is drawn from."""
     kept = uniform < rule.accept(p, q[..., :-1, :], tokens)
     kept = rule.forgive(kept, q[..., :-1, :]) if hasattr(rule, "forgive") else kept
     n = kept.long().cumprod(-1).sum(-1)

@@ -29,9 +29,11 @@ def settings_of(setup: str, path: Path) -> dict:
     known = sections(path)
     if name not in known:
         raise InputError(f"unknown setup {name!r}: choose one of {', '.join(known)}")
-    given = dict(change.partition("=")[::2] for change in changes)
-    for change, setting in zip(changes, given, strict=False):
-        if setting not in known[name] or "=" not in change:
-            names = ", ".join(known[name])
+    settings = dict(known[name])
+    for change in changes:
+        setting, equals, value = change.partition("=")
+        if setting not in settings or not equals:
+            names = ", ".join(settings)
             raise InputError(f"setup {setup!r}: {change!r} must be SETTING=VALUE with one of the settings {names}")
-    return known[name] | given
+        settings[setting] = value
+    return settings
