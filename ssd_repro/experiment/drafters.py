@@ -94,6 +94,14 @@ def draw(found: pd.DataFrame, axes) -> None:
     titled(axes, f"Fastest: {top.name} drafter, beta {top.beta:g}, L_d {top.L_d:g}: {top['speed-up']:.2f} times")
 
 
+def _log(folder: Path, name: str, column: str) -> pd.DataFrame:
+    """The log ``name`` of ``folder``/voice/tables: labels, acceptance (its ``column``), all else; empty without it."""
+    path = Path(folder) / "voice" / "tables" / f"{name}.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=["labels", "utterances", "acceptance"])
+    return pd.read_csv(path).rename(columns={column: "acceptance"})
+
+
 def logs(folder: Path) -> pd.DataFrame:
     """Acceptance on held-out speech over the draws that the drafters of ``folder``/voice/tables learned from.
 
@@ -101,18 +109,12 @@ def logs(folder: Path) -> pd.DataFrame:
     """
     found = []
     for run, (name, column) in LOGS.items():
-        path = Path(folder) / "voice" / "tables" / f"{name}.csv"
-        if path.is_file():
-            log = pd.read_csv(path)
-            parts = [of for _, of in log.groupby("run", sort=False)] if "run" in log else [log]
-            seen = 0
-            for part in parts:
-                found.append(
-                    pd.DataFrame({"run": run, "million draws": (seen + part.labels) / 1e6, "acceptance": part[column]})
-                )
-                seen += part.labels.max()
+        log, seen = _log(folder, name, column), 0  # draws
+        for _, part in log.groupby(log.get("run", pd.Series(0, log.index)), sort=False):
+            found.append(part.assign(run=run, **{"million draws": (seen + part.labels) / 1e6}))
+            seen += part.labels.max()
     columns = ["run", "million draws", "acceptance"]
-    return pd.concat(found, ignore_index=True).dropna() if found else pd.DataFrame(columns=columns)
+    return pd.concat(found, ignore_index=True)[columns].dropna() if found else pd.DataFrame(columns=columns)
 
 
 def by_size(folder: Path) -> pd.DataFrame:
@@ -121,9 +123,5 @@ def by_size(folder: Path) -> pd.DataFrame:
     From ``folder``/voice/tables; a row for each evaluation: utterances, million draws, acceptance (of the first
     drafted token). Empty without such a log.
     """
-    path = Path(folder) / "voice" / "tables" / "hidden_log_by_size.csv"
-    if not path.is_file():
-        return pd.DataFrame(columns=["utterances", "million draws", "acceptance"])
-    log = pd.read_csv(path).dropna(subset="dev_acceptance_1")
-    draws = {"million draws": log.labels / 1e6, "acceptance": log.dev_acceptance_1}
-    return log[["utterances"]].assign(**draws).reset_index(drop=True)
+    log = _log(folder, "hidden_log_by_size", "dev_acceptance_1").dropna(subset="acceptance").reset_index(drop=True)
+    return log.assign(**{"million draws": log.labels / 1e6})[["utterances", "million draws", "acceptance"]]
