@@ -241,7 +241,10 @@ def named(text: str, embedding: Tensor) -> ByToken:
     """
     plain = str(text).removeprefix(MATCHED)
     if plain != text:
-        return Matched(named(plain, embedding))
+        rule = named(plain, embedding)
+        if isinstance(rule, FLy):  # Matched would take its estimate for a rule
+            raise InputError(f"rule {text!r} has no use: fly's own residual is the matched one, choose {plain}")
+        return Matched(rule)
     name, _, number = plain.partition(":")
     if name not in KINDS:
         raise InputError(f"rule {text!r} is unknown: choose KIND:NUMBER with one of {', '.join(KINDS)}")

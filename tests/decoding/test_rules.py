@@ -249,6 +249,7 @@ def test_the_loop_takes_a_rule():
         ("top-k:0", "k of the rule top-k is 0; it must be a whole number from 1"),
         ("paper:2", r"beta of the rule paper is 2.0; it must be a number from 0.0 to 1.0"),
         ("typical:nan", "epsilon of the rule typical is nan"),
+        ("matched fly:1", "fly's own residual is the matched one, choose fly:1"),
         ("fly:-1", "h of the rule fly is -1.0; it must be a number from 0.0"),
     ],
 )
