@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.draft import draft_layers
 from ..models.speech_lm import SpeechLM
 
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight; int8's caches and products are fp32
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "w8a8": 1}  # of a weight; caches are fp32 but with bf16
 COSYVOICE = {"text_vocab": 151_936, "speech_vocab": 6564}  # CosyVoice 2
 
 

@@ -44,8 +44,8 @@ def load(
     """Load a voice folder (the bundled one by default), or a CosyVoice 2 or 3. Raises InputError.
 
     device      auto, cpu or cuda
-    precision   of target and draft: fp32 or bf16, with the openvino runtime int8 (weights), too; the
-                codec stays fp32
+    precision   of target and draft: fp32 or bf16, with the openvino runtime int8 (weights) and w8a8
+                (inputs of products, too; CPUs with VNNI); the codec stays fp32
     runtime     what runs target and draft: auto, eager, graphs or openvino (``models.runtimes``); decoders of
                 other families than Qwen2 (``models.families``) run on eager alone
     max_length  positions of a static cache (graphs), prompt and speech tokens of a piece; None: 1024, of a

@@ -151,7 +151,10 @@ def test_the_metrics_of_stored_audio_stay_as_they_are(name):
     audio, reference = (read_audio(REFERENCES / f"{file}.flac", RATE) for file in (name, expected.pop("reference")))
     found = metrics.measure(audio, RATE, expected.pop("text"), reference)
     assert set(found) == set(expected)
-    for score in ("transcript", "word_errors", "words", "char_errors", "chars"):
+    # Whisper's int8 sums differ from processor to processor: they have moved a full stop, which no score counts.
+    clean = metrics.normaliser()
+    assert clean(found.pop("transcript")) == clean(expected.pop("transcript"))
+    for score in ("word_errors", "words", "char_errors", "chars"):
         assert found[score] == expected[score]
     for score in ("p808", "sig", "bak", "ovrl", "similarity", *["distillmos"] * DISTILLMOS):
         assert found[score] == pytest.approx(expected[score], abs=2e-3)

@@ -1,5 +1,6 @@
 """The OpenVINO runtime says what the eager one says: same contract, same logits but for rounding."""
 
+import copy
 import inspect
 from collections import Counter
 
@@ -97,6 +98,29 @@ def test_other_geometries(heads, kv_heads, bias):
     torch.testing.assert_close(fast.extend(tokens), eager.extend(tokens), atol=1e-4, rtol=1e-4)
 
 
+def own_matrices_in_int8(lm):
+    """``lm`` with every matrix that int8 rounds already rounded, a scale of each row."""
+    lm = copy.deepcopy(lm)
+    for matrix in [m.weight for m in lm.modules() if isinstance(m, torch.nn.Linear)]:
+        scale = matrix.data.abs().amax(1, keepdim=True) / 127
+        matrix.data = (matrix.data / scale).round() * scale
+    return lm
+
+
+@torch.inference_mode()
+def test_int8_is_of_weights_alone():
+    """Weights that are int8 and a scale already lose nothing, on whatever CPU; w8a8 rounds what goes into products."""
+    torch.manual_seed(0)
+    wide = SpeechLM(small_qwen2(256, 512, 2, 4, 2, vocab=5, initializer_range=0.1), 13).eval()  # two of GROUP
+    rounded, tokens, said = own_matrices_in_int8(wide), torch.tensor([[1, 2, 3]]), {}
+    for precision in ("fp32", "int8", *["w8a8"] * runtime.multiplies_int8()):
+        session = runtime.OpenVINOLM(rounded, 1, precision).session()
+        session.prefill(torch.randn(1, 5, 256, generator=generator()))
+        said[precision] = session.extend(tokens)
+    torch.testing.assert_close(said["int8"], said["fp32"], atol=1e-4, rtol=1e-4)
+    assert "w8a8" not in said or 1e-3 < (said["w8a8"] - said["fp32"]).abs().max() < 0.3
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @torch.inference_mode()
 def test_fewer_bits_are_near(precision):
@@ -127,3 +151,6 @@ def test_what_it_cannot_run_is_said(monkeypatch):
     for precision in ("bf16", "fp64"):
         with pytest.raises(InputError, match=f"no precision '{precision}'"):
             runtime.OpenVINOLM(TARGET, 1, precision)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with pytest.raises(InputError, match="'w8a8' needs a CPU that multiplies int8"):
+        runtime.OpenVINOLM(TARGET, 1, "w8a8")

@@ -23,7 +23,9 @@ from ...errors import InputError
 from ..speech_lm import SpeechLM
 
 DECODERS = (Qwen2Model, LlamaModel, Qwen3Model)  # what ``_graph`` writes down, and no class derived from them
-PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of products; int8 is of weights alone
+# Of products. int8 is of weights alone; w8a8 rounds the inputs of their products, too, GROUP numbers to one scale.
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "w8a8": "f32"}
+GROUP = 128
 ROOM = 1024  # positions; tables and masks grow by doubling
 
 
@@ -35,6 +37,12 @@ def capabilities() -> tuple[str, ...]:
     except ImportError:
         raise InputError("runtime openvino needs the package openvino, or choose runtime eager") from None
     return tuple(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def multiplies_int8() -> bool:
+    """Whether this CPU has instructions for products of int8: without them OpenVINO rounds no inputs, and says nothing."""
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_vnni") or known.get("avx_vnni"))
 
 
 def check_decoder(model: PreTrainedModel) -> None:
@@ -54,8 +62,9 @@ class OpenVINOLM:
     """A SpeechLM whose forwards OpenVINO runs; takes its place wherever sessions are asked for.
 
     lm: on the CPU in fp32, its decoder one of DECODERS with full attention. threads: of a forward.
-    precision: 'fp32'; 'int8' weights, a scale for each output, products in fp32; 'bf16' weights and
-    products where the CPU computes in it. Logits come as float32. InputError if one cannot be had.
+    precision: 'fp32'; 'int8' weights, a scale for each output, products in fp32; 'w8a8', those weights and
+    int8 inputs, where the CPU multiplies them (VNNI); 'bf16' weights and products where it computes in it.
+    Logits come as float32. InputError if one cannot be had.
     """
 
     def __init__(self, lm: SpeechLM, threads: int, precision: str = "fp32") -> None:
@@ -64,6 +73,8 @@ class OpenVINOLM:
             raise InputError(f"runtime openvino is for the CPU, the model is on {lm.head.weight.device}")
         if precision not in PRECISIONS or PRECISIONS[precision].upper() not in ("F32", *capabilities()):
             raise InputError(f"runtime openvino on this CPU has no precision {precision!r}: choose fp32 or int8")
+        if precision == "w8a8" and not multiplies_int8():
+            raise InputError("precision 'w8a8' needs a CPU that multiplies int8 (VNNI): choose int8 or fp32")
         import openvino
 
         self.lm, self.threads = lm, threads
@@ -71,10 +82,11 @@ class OpenVINOLM:
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
             "KV_CACHE_PRECISION": PRECISIONS[precision],
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if precision == "w8a8" else 0,  # 32 by default, with int8 weights
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same core
         }
-        self.compiled = openvino.Core().compile_model(_graph(lm, precision == "int8"), "CPU", settings)
+        self.compiled = openvino.Core().compile_model(_graph(lm, precision in ("int8", "w8a8")), "CPU", settings)
         self._free: list = []
         self._cos = self._sin = np.zeros((1, 1, 0, 0), np.float32)
 
