@@ -31,7 +31,7 @@ class FakeFront(Bundled):
 
     def __init__(self):
         codec = SimpleNamespace(config=CodecConfig(), decode=lambda tokens, _: tone(len(tokens) / 25))
-        about = {"voices": VOICES, "sampler": {}, "token_text_ratio": (1, 20), "speech_vocab": 6564}
+        about = {"voices": VOICES, "sampler": {}, "token_text_ratio": (1, 3), "speech_vocab": 6564}
         super().__init__(codec, about, None)
 
     def reference(self, voice):

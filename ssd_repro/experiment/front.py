@@ -14,7 +14,7 @@ import pandas as pd
 from ..errors import InputError
 from . import paper
 from .conclusions import value
-from .provenance import all_provenance
+from .provenance import all_provenance, machine
 from .tables import number
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
@@ -110,7 +110,7 @@ def _elsewhere(begin: str, table: pd.DataFrame, about: dict, voice: str | None) 
     """table: its Table 1 by system; about: the entry of provenance.json that made it; voice: this folder's."""
     ssd, alone, lossless = table.loc["SSD"], table.loc["Autoregressive"], _fastest(table, "beta 0, ")
     other = f", with another voice than above, {about['weights']}" if voice != about["weights"] else ""
-    chip = re.sub(r"\(R\)| Processor", "", about["chip"])
+    chip = re.sub(r"\(R\)| Processor", "", machine(about))
     precision = about["parameters"]["precision"]
     how = ("" if precision == "fp32" else f"{precision}, ") + ("CUDA graphs, " if about["device"] == "cuda" else "")
     said = (

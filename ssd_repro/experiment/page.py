@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..files import write_text
 from . import notebooks, paper, report, samples, statistics, tables, theory
-from .provenance import all_provenance
+from .provenance import all_provenance, machine
 from .rows import rows_of_folder
 
 NAME = "index.html"
@@ -216,7 +216,7 @@ def origin(notebook: str, about: dict, known: dict) -> str:
         "command": f"<code>{escape(notebooks.command(notebook, about, processes, whole=True))}</code>",
         "commit": escape((about["commit"] or "unknown") + (" with local changes" if about["dirty"] else "")),
         "date": escape(about["date"]),
-        "machine": escape(f"{about['chip']}, {about['cores']} cores, {about['threads']} threads, {about['system']}"),
+        "machine": escape(f"{machine(about)}, {about['cores']} cores, {about['threads']} threads, {about['system']}"),
         "voice": escape(about["weights"]),
         "rows": len(about["keys"]),
         "versions": escape(", ".join(f"{name} {version}" for name, version in versions.items() if version)),

@@ -43,6 +43,12 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def machine(about: dict) -> str:
+    """The chip of an entry of provenance.json; of a CPU the instructions, too: hosts give unlike ones one name."""
+    known = about["device"] == "cpu" and about.get("instructions")
+    return f"{about['chip']} with {known}" if known else about["chip"]
+
+
 class LoadMeter:
     """How many cores processes outside of this run use: those but this one and, in a group, its parent's children."""
 
@@ -96,6 +102,8 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
 
     An entry stays as it is if the same parameters lead to the same rows: it tells of the run that made them.
     """
+    import torch
+
     whole = all_provenance(folder)
     old, keys = whole.get(name, {}), list(keys)
     if keys and (old.get("keys"), old.get("parameters")) == (keys, parameters):
@@ -106,6 +114,7 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
         **{**git_state(), "code": code_sha256(), "weights": voice.weights_id},
         **{"profile": profile, "parameters": parameters, "keys": keys},
         **{**row_context(voice.device), "cores": os.cpu_count()},
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         **{"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
         "versions": {package: versions.get(package) for package in PACKAGES},
     }

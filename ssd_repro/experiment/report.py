@@ -57,7 +57,7 @@ from .captions import (
     machine_listeners,
     predicted,
 )
-from .provenance import all_provenance, relative
+from .provenance import all_provenance, machine, relative
 from .rows import rows_of_folder, to_frame
 from .style import WIDTH
 
@@ -288,7 +288,7 @@ def source_line(folder: Path, notebook: str, about: dict, rows: pd.DataFrame) ->
     if processes > 1:
         threads = f"{threads} in each of {processes} processes"
     command = notebooks.command(notebook, about, processes)
-    made_by = f"{about['date'][:10]}, {about['chip']}, {threads}, torch {about['torch']}, commit {commit}"
+    made_by = f"{about['date'][:10]}, {machine(about)}, {threads}, torch {about['torch']}, commit {commit}"
     return f"{made_by}, voice {about['weights']}: `{command}` -> `{relative(folder, source_tree(), Path.cwd())}`."
 
 

@@ -144,7 +144,7 @@ def test_numbers_on_a_page():
 
 def test_pages_have_at_most_seven_columns_and_the_csv_has_all(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", lambda *_: None)
-    about = dict.fromkeys(("date", "chip", "torch", "weights", "profile", "commit"), "x") | {"dirty": False}
+    about = dict.fromkeys(("date", "device", "chip", "torch", "weights", "profile", "commit"), "x") | {"dirty": False}
     about |= {"threads": 1, "parameters": PAPERS}
     made = several().assign(base_lm_seconds=2.0001)
     for name in ("table1", "table1_quality", "table1_paper", "table2", "table3_quality", "figure1b", "figure1b_paper"):

@@ -167,7 +167,7 @@ def test_no_caption_explains_what_it_cannot_know():
 
 
 def test_captions_warn_where_the_machine_was_not_idle(tmp_path):
-    about = dict.fromkeys(("date", "chip", "torch", "weights", "profile", "commit"), "x") | {
+    about = dict.fromkeys(("date", "device", "chip", "torch", "weights", "profile", "commit"), "x") | {
         "dirty": False,
         "threads": 1,
     }

@@ -40,7 +40,7 @@ def capabilities() -> tuple[str, ...]:
 
 
 def multiplies_int8() -> bool:
-    """Whether this CPU has instructions for products of int8: without them OpenVINO rounds no inputs, and says nothing."""
+    """Whether this CPU has instructions for it: without them OpenVINO rounds no inputs, and says nothing."""
     known = torch.cpu.get_capabilities()
     return bool(known.get("avx512_vnni") or known.get("avx_vnni"))
 
