@@ -112,11 +112,16 @@ def test_int8_is_of_weights_alone():
     """Weights that are int8 and a scale already lose nothing, on whatever CPU; w8a8 rounds what goes into products."""
     torch.manual_seed(0)
     wide = SpeechLM(small_qwen2(256, 512, 2, 4, 2, vocab=5, initializer_range=0.1), 13).eval()  # two of GROUP
-    rounded, tokens, said = own_matrices_in_int8(wide), torch.tensor([[1, 2, 3]]), {}
+    rounded, prefix, said = own_matrices_in_int8(wide), torch.randn(1, 5, 256, generator=generator()), {}
     for precision in ("fp32", "int8", *["w8a8"] * runtime.multiplies_int8()):
-        session = runtime.OpenVINOLM(rounded, 1, precision).session()
-        session.prefill(torch.randn(1, 5, 256, generator=generator()))
-        said[precision] = session.extend(tokens)
+        model = runtime.OpenVINOLM(rounded, 1, precision)
+        block, steps = model.session(), model.session()
+        for session in (block, steps):
+            session.prefill(prefix)
+        said[precision] = block.extend(torch.tensor([[1, 2, 3]]))
+        one_by_one = torch.cat([steps.extend(torch.tensor([[token]])) for token in (1, 2, 3)], 1)
+        # a verification sees the steps' own logits: else beta 0 would not be exact
+        torch.testing.assert_close(one_by_one, said[precision], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(said["int8"], said["fp32"], atol=1e-4, rtol=1e-4)
     assert "w8a8" not in said or 1e-3 < (said["w8a8"] - said["fp32"]).abs().max() < 0.3
 
