@@ -27,7 +27,7 @@ def _of_table1(p: dict, scored: bool = True) -> list[System]:
 def _other_drafters(voice: Voice, p: dict) -> list[System]:
     """The voice's other drafters but SLOWER, without loss and at the tolerance, as CHOSEN for this device."""
     found = []
-    for name in (each for each in voice.others if each not in SLOWER):
+    for name in [each for each in voice.others if each not in SLOWER]:
         for beta, ways in zip((0.0, p["tolerance"]), CHOSEN.get((name, voice.device.type), ([{}], [{}])), strict=True):
             found += [System("speculative", beta, drafter=name, **{"draft_length": paper.LENGTH} | way) for way in ways]
     return found

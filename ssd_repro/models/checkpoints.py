@@ -22,7 +22,7 @@ from .codec import Codec, CodecConfig
 from .draft import make_draft, own_parameters, split_of
 from .families import sizes_of, small_decoder
 from .hidden_draft import HiddenDraft
-from .speech_lm import SpeechLM
+from .speech_lm import SpeechLM, in_int8
 
 BUNDLED = Path(__file__).parents[1] / "weights"
 FORMAT = 2
@@ -237,9 +237,7 @@ def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
     packed = {}
     for name, value in state.items():
         if value.dim() == 2:
-            weight = value.detach().cpu().float()
-            packed[name + SCALE] = scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-            value = (weight / scale).round().to(torch.int8)
+            value, packed[name + SCALE] = in_int8(value.detach().cpu().float())
         packed[name] = value
     return packed
 

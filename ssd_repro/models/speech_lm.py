@@ -81,6 +81,12 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 matrix (m, n) -> int8 of -127 .. 127 and a scale of each row, (m, 1), whose product is near it."""
+    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
 class Session:
     """One sequence of a SpeechLM: it owns the cache, the model holds none.
 

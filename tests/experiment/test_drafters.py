@@ -70,6 +70,16 @@ def test_the_systems_of_a_voice(fake):
     assert asked == {(name, beta, n) for name, some in betas.items() for beta in some for n in (1, 2)}
 
 
+def test_table_1_has_the_other_drafters_as_chosen_and_not_the_slower_one(fake):
+    """Of the hidden-state drafter three settings, of each other one two; of the block drafter none."""
+    fake.drafters = fake.drafters | dict.fromkeys(("hidden", "block", "on-policy"))
+    found = studies.BY_VOICE["01_table1"](fake, {"tolerance": 0.4})
+    asked = [(system.drafter, system.tolerance, system.draft_length, system.verification) for system in found]
+    hidden = [("hidden", 0.0, 2, "block"), ("hidden", 0.4, 2, None), ("hidden", 0.4, 3, None)]
+    assert asked == [*hidden, ("on-policy", 0.0, 3, None), ("on-policy", 0.4, 3, None)]
+    assert all(system.scored for system in found)
+
+
 def test_logs_go_on_where_a_run_of_the_same_log_ended(tmp_path):
     assert drafters.logs(tmp_path).empty
     path = tmp_path / "voice" / "tables" / "on_policy_log.csv"

@@ -426,18 +426,8 @@ def test_provenance_says_where_results_come_from(fake, tmp_path):
     assert set(about) == {"00_listen", "01_table1"}
     entry = about["01_table1"]
     assert entry["weights"] == "fake" and entry["keys"] == list(rows.key) and entry["parameters"] == {"seed": 0}
-    assert {
-        "date",
-        "commit",
-        "dirty",
-        "code",
-        "device",
-        "chip",
-        "instructions",
-        "threads",
-        "versions",
-        "python",
-    } <= set(entry)
+    recorded = {"date", "commit", "dirty", "code", "device", "chip", "instructions", "threads", "versions", "python"}
+    assert recorded <= set(entry)
     chosen, _ = report.rows_of_run(tmp_path, "01_table1")
     assert list(chosen.key) == list(rows.key)
 

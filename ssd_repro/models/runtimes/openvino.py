@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaModel, PreTrainedModel, Qwen2Model, Qwen3Model
 
 from ...errors import InputError
-from ..speech_lm import SpeechLM
+from ..speech_lm import SpeechLM, in_int8
 
 DECODERS = (Qwen2Model, LlamaModel, Qwen3Model)  # what ``_graph`` writes down, and no class derived from them
 # Of products. int8 is of weights alone; w8a8 rounds the inputs of their products, too, GROUP numbers to one scale.
@@ -244,9 +244,8 @@ def _graph(lm: SpeechLM, int8: bool = False):
         """Several projections of the same input, as one."""
         weight = torch.cat([layer.weight.detach().float() for layer in layers])
         if int8:
-            scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-            whole = ops.constant((weight / scale).round().to(torch.int8).numpy())
-            constant = ops.multiply(ops.convert(whole, np.float32), ops.constant(scale.numpy()))
+            whole, scale = (ops.constant(each.numpy()) for each in in_int8(weight))
+            constant = ops.multiply(ops.convert(whole, np.float32), scale)
         else:
             constant = ops.constant(weight.numpy())
         product = ops.matmul(x, constant, False, True)
