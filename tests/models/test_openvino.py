@@ -1,5 +1,6 @@
 """The OpenVINO runtime says what the eager one says: same contract, same logits but for rounding."""
 
+import copy
 import inspect
 from collections import Counter
 
@@ -21,9 +22,12 @@ from ssd_repro.models.runtimes import openvino as runtime
 from ssd_repro.models.speech_lm import SpeechLM
 
 pytest.importorskip("openvino")
+torch.manual_seed(0)
 TARGET = tiny_lm(layers=4)
 DRAFT = make_draft(TARGET, bottom=1, top=1)
 FAST, FAST_DRAFT = (runtime.OpenVINOLM(lm, threads=1) for lm in (TARGET, DRAFT))
+WIDE = SpeechLM(small_qwen2(256, 512, 2, 4, 2, vocab=5, initializer_range=0.1), 13).eval()  # two of GROUP
+PRECISIONS_HERE = ["fp32", "int8", *["bf16"] * ("BF16" in runtime.capabilities()), *["w8a8"] * runtime.multiplies_int8()]
 
 
 def config(greedy=False, **other) -> DecodeConfig:
@@ -48,20 +52,44 @@ def test_logits_are_the_eager_ones(t, blocks):
 
 
 @torch.inference_mode()
-def test_a_used_state_is_clean_and_tables_grow(monkeypatch):
+def test_used_pages_are_clean_and_grow(monkeypatch):
     monkeypatch.setattr(runtime, "ROOM", 4)
     model, prefix = runtime.OpenVINOLM(TARGET, threads=1), torch.randn(1, 7, 16, generator=generator())
     first, second = model.session(), model.session()
-    assert first.request is not second.request
-    wanted, used = first.prefill(prefix), first.request
-    first.extend(torch.randint(0, 13, (1, 9)))
+    assert first.pages is not second.pages
+    wanted, used, tokens = first.prefill(prefix), first.pages, torch.randint(0, 13, (1, 80), generator=generator())
+    grown = first.extend(tokens)
+    torch.testing.assert_close(grown, one_by_one(model, prefix, tokens), atol=1e-4, rtol=1e-4)
+    assert used.room >= 87
+    first.feed(torch.full((1, 40, 16), float("nan")))
     del first
     again = model.session()
-    assert again.request is used and torch.equal(again.prefill(prefix), wanted)
+    assert again.pages is used and torch.equal(again.prefill(prefix), wanted)
     with pytest.raises(RuntimeError):
         again.prefill(prefix)
     with pytest.raises(ValueError):
         again.crop(8)
+
+
+def one_by_one(model, prefix, tokens):
+    session = model.session()
+    session.prefill(prefix)
+    return torch.cat([session.extend(token[None, None]) for token in tokens[0]], 1)
+
+
+@pytest.mark.parametrize("precision", runtime.APART)
+@torch.inference_mode()
+def test_a_verification_has_the_logits_of_steps_to_the_bit(precision):
+    """Where rounding is coarse: else beta 0 would not be exact. Over the ends of pages, too."""
+    if precision not in PRECISIONS_HERE:
+        pytest.skip(f"this CPU does not compute in {precision}")
+    model, prefix = runtime.OpenVINOLM(WIDE, 1, precision), torch.randn(1, 30, 256, generator=generator())
+    session, tokens = model.session(), torch.randint(0, 13, (1, 40), generator=generator(1))
+    session.prefill(prefix)
+    session.extend(torch.randint(0, 13, (1, 3), generator=generator(2)))
+    session.crop(30)
+    blocks = torch.cat([session.extend(block) for block in tokens.split([1, 4, 2, 33], 1)], 1)
+    assert torch.equal(blocks, one_by_one(model, prefix, tokens))
 
 
 @settings(max_examples=15, deadline=None)
@@ -81,9 +109,9 @@ def test_the_same_seed_gives_the_same_tokens():
 
 
 def test_the_plugin_finds_its_patterns():
-    """Attention and cache are one kernel, the rotary embedding another; without them a step takes twice its time."""
+    """Attention is the paged kernel, the rotary embedding one, too; without them a step takes twice its time."""
     kinds = Counter(str(op.get_rt_info()["layerType"].value) for op in FAST.compiled.get_runtime_model().get_ops())
-    assert kinds["ScaledDotProductAttention"] == 4 and kinds["RoPE"] == 8 and kinds["RMS"] == 9
+    assert kinds["PagedAttention"] == 4 and kinds["RoPE"] == 8 and kinds["RMS"] == 9
 
 
 @pytest.mark.parametrize("heads, kv_heads, bias", [(14, 2, False), (2, 2, True)])
@@ -101,19 +129,13 @@ def test_other_geometries(heads, kv_heads, bias):
 @torch.inference_mode()
 def test_int8_is_of_weights_alone():
     """Weights that are int8 and a scale already lose nothing, on whatever CPU; w8a8 rounds what goes into products."""
-    torch.manual_seed(0)
-    wide = SpeechLM(small_qwen2(256, 512, 2, 4, 2, vocab=5, initializer_range=0.1), 13).eval()  # two of GROUP
-    wide.load_state_dict(unpack(pack(wide.state_dict())))
+    lm = copy.deepcopy(WIDE)
+    lm.load_state_dict(unpack(pack(lm.state_dict())))
     prefix, said = torch.randn(1, 5, 256, generator=generator()), {}
-    for precision in ("fp32", "int8", *["w8a8"] * runtime.multiplies_int8()):
-        model = runtime.OpenVINOLM(wide, 1, precision)
-        block, steps = model.session(), model.session()
-        for session in (block, steps):
-            session.prefill(prefix)
-        said[precision] = block.extend(torch.tensor([[1, 2, 3]]))
-        one_by_one = torch.cat([steps.extend(torch.tensor([[token]])) for token in (1, 2, 3)], 1)
-        # a verification sees the steps' own logits: else beta 0 would not be exact
-        torch.testing.assert_close(one_by_one, said[precision], atol=1e-4, rtol=1e-4)
+    for precision in {"fp32", "int8", "w8a8"} & set(PRECISIONS_HERE):
+        session = runtime.OpenVINOLM(lm, 1, precision).session()
+        session.prefill(prefix)
+        said[precision] = session.extend(torch.tensor([[1, 2, 3]]))
     torch.testing.assert_close(said["int8"], said["fp32"], atol=1e-4, rtol=1e-4)
     assert "w8a8" not in said or 1e-3 < (said["w8a8"] - said["fp32"]).abs().max() < 0.3
 
@@ -121,8 +143,8 @@ def test_int8_is_of_weights_alone():
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @torch.inference_mode()
 def test_fewer_bits_are_near(precision):
-    if precision == "bf16" and "BF16" not in runtime.capabilities():
-        pytest.skip("this CPU does not compute in bf16")
+    if precision not in PRECISIONS_HERE:
+        pytest.skip(f"this CPU does not compute in {precision}")
     prefix, tokens = torch.randn(1, 5, 16, generator=generator()), torch.tensor([[1, 2, 3]])
     fast, exact = runtime.OpenVINOLM(TARGET, 1, precision).session(), FAST.session()
     near = fast.prefill(prefix) - exact.prefill(prefix), fast.extend(tokens) - exact.extend(tokens)

@@ -1,12 +1,10 @@
-"""OpenVINO forwards for CPUs: one graph with its caches inside, for blocks of any length.
+"""OpenVINO forwards for CPUs: one graph for blocks of any length, keys and values in pages beside it.
 
-The decoder is written down once in OpenVINO's operations, on the model's own weights. Keys and
-values are states of the graph, so a step copies none of them, and the weights are packed once for
-all block lengths. OpenVINO's plugin makes one kernel of attention and cache, and one of the rotary
-embedding, only where it finds its patterns: ReadValue -> Gather by an int32 beam index -> Concat ->
-ScaledDotProductAttention, and halves that are cut by Slice (a test counts these kernels).
-
-A rollback moves nothing: rejected positions stay in the cache and are masked for good.
+The decoder is written down once in OpenVINO's operations, on the model's own weights, which are packed once for all
+block lengths. Attention is the paged one that OpenVINO serves language models with: it writes a block's keys and
+values into its pages and reads all of them there, so a step copies none, and a rollback is a smaller length. OpenVINO
+calls that operation experimental: pyproject.toml pins what was tried. The plugin makes one kernel of the rotary
+embedding only where its halves are cut by Slice (a test counts these kernels).
 """
 
 from __future__ import annotations
@@ -26,7 +24,11 @@ DECODERS = (Qwen2Model, LlamaModel, Qwen3Model)  # what ``_graph`` writes down, 
 # Of products. int8 is of weights alone; w8a8 rounds the inputs of their products, too, GROUP numbers to one scale.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "w8a8": "f32"}
 GROUP = 128
-ROOM = 1024  # positions; tables and masks grow by doubling
+# Where rounding shows, the places of a verification are as many sequences over the same pages: each runs through the
+# kernel of a step, and its logits are a step's to the bit. In fp32 one block is faster, and the same but for 1e-5.
+APART = ("bf16", "w8a8")
+PAGE = 32  # positions; what the plugin's kernels are written for
+ROOM = 512  # positions; pages and tables grow by doubling
 
 
 @cache
@@ -77,7 +79,7 @@ class OpenVINOLM:
             raise InputError("precision 'w8a8' needs a CPU that multiplies int8 (VNNI): choose int8 or fp32")
         import openvino
 
-        self.lm, self.threads = lm, threads
+        self.lm, self.threads, self.apart = lm, threads, precision in APART
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
@@ -87,24 +89,24 @@ class OpenVINOLM:
             "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same core
         }
         self.compiled = openvino.Core().compile_model(_graph(lm, precision in ("int8", "w8a8")), "CPU", settings)
-        self._free: list = []
+        self._free: list[Pages] = []
         self._cos = self._sin = np.zeros((1, 1, 0, 0), np.float32)
 
     def session(self) -> OpenVINOSession:
-        """A new sequence; its states return to this model's store when the session is dropped."""
+        """A new sequence; its pages return to this model's store when the session is dropped."""
         return OpenVINOSession(self)
 
-    def take(self):
-        """An infer request without any trace of an earlier sequence."""
+    def take(self) -> Pages:
+        """Pages without any trace of an earlier sequence (a NaN times 0 would be one)."""
         try:
-            request = self._free.pop()  # atomic: threads may share a model
+            pages = self._free.pop()  # atomic: threads may share a model
         except IndexError:
-            return self.compiled.create_infer_request()
-        request.reset_state()
-        return request
+            return Pages(self.compiled)
+        pages.clear()
+        return pages
 
-    def give_back(self, request) -> None:
-        self._free.append(request)
+    def give_back(self, pages: Pages) -> None:
+        self._free.append(pages)
 
     def angles(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines of the rotary embedding, (1, 1, end - begin, head size) both."""
@@ -113,6 +115,40 @@ class OpenVINOLM:
             cos, sin = self.lm.model.rotary_emb(torch.zeros(1), places)
             self._cos, self._sin = (x.float().numpy()[:, None] for x in (cos, sin))
         return self._cos[:, :, begin:end], self._sin[:, :, begin:end]
+
+
+class Pages:
+    """An infer request and the keys and values of one sequence, of each layer (pages, kv heads, PAGE, head size).
+
+    room: positions that they have place for; used: positions that ever were written.
+    """
+
+    def __init__(self, compiled) -> None:
+        self.request, self.room, self.used = compiled.create_infer_request(), 0, 0
+        self.ports = [port for port in compiled.inputs if port.any_name.startswith(("key", "value"))]
+        self.reserve(ROOM)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for so many, what is there stays."""
+        import openvino
+
+        self.used = max(self.used, positions) if self.room else 0
+        if positions <= self.room:
+            return
+        count = -(-max(positions, 2 * self.room) // PAGE)
+        for port in self.ports:
+            shape = [count, *(port.partial_shape[axis].get_length() for axis in (1, 2, 3))]
+            wider = openvino.Tensor(port.element_type, openvino.Shape(shape))
+            wider.data[...] = 0
+            if self.room:
+                wider.data[: self.room // PAGE] = self.request.get_tensor(port).data
+            self.request.set_tensor(port, wider)
+        self.room = count * PAGE
+
+    def clear(self) -> None:
+        for port in self.ports:
+            self.request.get_tensor(port).data[: -(-self.used // PAGE)] = 0
+        self.used = 0
 
 
 class _Whole:
@@ -148,16 +184,12 @@ def causal(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> OpenVINOLM:
 
 
 class OpenVINOSession:
-    """One sequence: ``length`` counts positions; ``slots`` what the states hold, rejected positions among them."""
-
-    BEAM = np.zeros(1, np.int32)
+    """One sequence: ``length`` counts its positions."""
 
     def __init__(self, model: OpenVINOLM) -> None:
-        self.model, self.request = model, model.take()
-        self.length, self.slots, self.features = 0, 0, None
-        self.slot_of = np.zeros(ROOM, np.int64)  # of each position
-        self.hidden = np.zeros(ROOM, np.float32)  # of each slot: 0, or -inf where it was rejected
-        weakref.finalize(self, model.give_back, self.request).atexit = False
+        self.model, self.pages = model, model.take()
+        self.length, self.features = 0, None
+        weakref.finalize(self, model.give_back, self.pages).atexit = False
 
     def prefill(self, prefix: Tensor) -> Tensor:
         """Embeddings (1, T, hidden), or ids (1, T), T >= 1, once -> logits (1, V) of the last position."""
@@ -171,50 +203,39 @@ class OpenVINOSession:
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Speech tokens (1, n) int64 -> logits (1, n, V), what follows each."""
-        return self._feed(self.model.lm.speech_embedding(tokens), last=tokens.shape[1])
+        return self._feed(self.model.lm.speech_embedding(tokens), tokens.shape[1], self.model.apart)
 
     def crop(self, length: int) -> None:
         """The one rollback: forget every position from ``length`` (at most self.length) on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} positions to {length}")
-        self.hidden[self.slot_of[length : self.length]] = -np.inf
         self.length = length
 
     @torch.inference_mode()
-    def _feed(self, embeddings: Tensor, last: int) -> Tensor:
-        """Embeddings (1, n, hidden) -> logits (1, last, V) of the last positions."""
-        n, past = embeddings.shape[1], self.slots
-        self._make_room(past + n)
-        mask = self.hidden[None, : past + n]
-        if n > 1:
-            mask = np.repeat(mask, n, 0)
-            mask[:, past:] += _later(n)
-        cos, sin = self.model.angles(self.length, self.length + n)
+    def _feed(self, embeddings: Tensor, last: int, apart: bool = False) -> Tensor:
+        """Embeddings (1, n, hidden) -> logits (1, last, V) of the last positions; apart: each as its own sequence."""
+        n, past = embeddings.shape[1], self.length
+        self.pages.reserve(past + n)
+        cos, sin = self.model.angles(past, past + n)
+        begins = np.arange(0, n + 1, 1 if apart else n, dtype=np.int32)
+        pages = -(-(past + begins[1:]) // PAGE)  # of each sequence
         given = {
             "embeddings": embeddings.float().contiguous().numpy(),
             "cos": cos,
             "sin": sin,
-            "mask": mask[None, None],
-            "beam": self.BEAM,
             "last": np.arange(n - last, n, dtype=np.int32),
+            "past": past + begins[:-1],
+            "begins": begins,
+            "pages": np.concatenate([np.arange(count, dtype=np.int32) for count in pages]),
+            "page_begins": np.concatenate(([0], pages.cumsum(dtype=np.int32))).astype(np.int32),
+            "longest": np.array(past + n, np.int32),
         }
-        self.request.infer(given, share_inputs=True)
-        self.slot_of[self.length : self.length + n] = np.arange(past, past + n)
-        self.length, self.slots = self.length + n, past + n
-        logits, *features = (torch.from_numpy(x.data.copy()) for x in self.request.output_tensors)
+        request = self.pages.request
+        request.infer(given, share_inputs=True)
+        self.length = past + n
+        logits, *features = (torch.from_numpy(x.data.copy()) for x in request.output_tensors)
         self.features = features[0] if features else None
         return logits
-
-    def _make_room(self, slots: int) -> None:
-        if slots > len(self.hidden):
-            self.hidden, self.slot_of = (np.concatenate((x, np.zeros_like(x))) for x in (self.hidden, self.slot_of))
-            self._make_room(slots)
-
-
-@cache
-def _later(n: int) -> np.ndarray:
-    """(n, n): -inf where a position of a block would see a later one."""
-    return np.triu(np.full((n, n), -np.inf, np.float32), 1)
 
 
 def _graph(lm: SpeechLM, int8: bool = False):
@@ -229,10 +250,15 @@ def _graph(lm: SpeechLM, int8: bool = False):
         "embeddings": ([1, -1, config.hidden_size], np.float32),
         "cos": ([1, 1, -1, size], np.float32),
         "sin": ([1, 1, -1, size], np.float32),
-        "mask": ([1, 1, -1, -1], np.float32),  # (1, 1, n, slots + n), added to the scores
-        "beam": ([-1], np.int32),
         "last": ([-1], np.int32),  # the places whose logits are asked for
+        "past": ([-1], np.int32),  # of each sequence: positions before it
+        "begins": ([-1], np.int32),  # where its positions begin among those that are fed, and their number
+        "pages": ([-1], np.int32),  # of all sequences, one after the other
+        "page_begins": ([-1], np.int32),  # where those of each sequence begin, and their number
+        "longest": ([], np.int32),  # positions of the longest sequence
     }
+    kept = [f"{kind}{number}" for number in range(len(lm.model.layers)) for kind in ("key", "value")]
+    inputs |= {name: ([-1, kv_heads, PAGE, size], np.float32) for name in kept}
     nodes = {name: ops.parameter(shape, kind, name=name) for name, (shape, kind) in inputs.items()}
     for name, node in nodes.items():
         node.output(0).get_tensor().set_names({name})
@@ -259,43 +285,26 @@ def _graph(lm: SpeechLM, int8: bool = False):
         scaled = ops.multiply(x, ops.divide(ops.constant(np.float32(1)), root))
         return ops.multiply(ops.constant(norm.weight.detach().float().numpy()), scaled)
 
-    def by_head(x, count: int):
-        return ops.transpose(ops.reshape(x, integers(1, -1, count, size), False), integers(0, 2, 1, 3))
-
-    def rotate(x):
+    def rotate(x, count: int, norm):
+        x = ops.reshape(x, integers(1, -1, count, size), False)
+        x = ops.transpose(normalise(x, norm) if norm else x, integers(0, 2, 1, 3))
         left = ops.slice(x, integers(0), integers(size // 2), integers(1), integers(3))
         right = ops.slice(x, integers(size // 2), integers(size), integers(1), integers(3))
         turned = ops.concat([ops.multiply(right, ops.constant(np.float32(-1))), left], -1)
-        return ops.add(ops.multiply(x, nodes["cos"]), ops.multiply(turned, nodes["sin"]))
+        turned = ops.add(ops.multiply(x, nodes["cos"]), ops.multiply(turned, nodes["sin"]))
+        return ops.reshape(ops.transpose(turned, integers(0, 2, 1, 3)), integers(-1, count * size), False)
 
-    sinks = []
-
-    def remember(x, name: str):
-        """The state ``name`` with x, (1, kv heads, n, head size), behind it; one copy a query head."""
-        empty = ops.broadcast(ops.constant(np.float32(0)), integers(1, kv_heads, 0, size))
-        kept = ops.read_value(empty, name, np.float32, [-1, kv_heads, -1, size])
-        kept = ops.gather(kept, nodes["beam"], ops.constant(np.int64(0)))
-        whole = ops.concat([kept, x], 2)
-        sinks.append(ops.assign(whole, name))
-        if heads == kv_heads:
-            return whole
-        shape = integers(1, 1, heads // kv_heads, 1, 1)
-        many = ops.broadcast(ops.unsqueeze(whole, integers(2)), shape, broadcast_spec="BIDIRECTIONAL")
-        return ops.reshape(many, integers(1, heads, -1, size), False)
-
+    attend = _attention(nodes, kv_heads, size)
     x, depths = nodes["embeddings"], []
     for number, layer in enumerate(lm.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         joined = linear(normalise(x, layer.input_layernorm), attention.q_proj, attention.k_proj, attention.v_proj)
         lengths = integers(heads * size, kv_heads * size, kv_heads * size)
         q, k, v = ops.variadic_split(joined, integers(-1), lengths).outputs()
-        q, k = by_head(q, heads), by_head(k, kv_heads)
-        if hasattr(attention, "q_norm"):
-            q, k = normalise(q, attention.q_norm), normalise(k, attention.k_norm)
-        key = remember(rotate(k), f"key{number}")
-        value = remember(by_head(v, kv_heads), f"value{number}")
-        seen = ops.scaled_dot_product_attention(rotate(q), key, value, nodes["mask"])
-        seen = ops.reshape(ops.transpose(seen, integers(0, 2, 1, 3)), integers(1, -1, heads * size), False)
+        q = rotate(q, heads, getattr(attention, "q_norm", None))
+        k = rotate(k, kv_heads, getattr(attention, "k_norm", None))
+        seen = attend(number, q, k, ops.reshape(v, integers(-1, kv_heads * size), False))
+        seen = ops.reshape(seen, integers(1, -1, heads * size), False)
         x = ops.add(x, linear(seen, attention.o_proj))
         both = linear(normalise(x, layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
         gate, up = ops.split(both, ops.constant(np.int64(-1)), 2).outputs()
@@ -308,4 +317,38 @@ def _graph(lm: SpeechLM, int8: bool = False):
     for part in lm.head if isinstance(lm.head, torch.nn.Sequential) else [lm.head]:
         x = linear(x, part)
     outputs = [x, *([ops.concat([depths[tap - 1] for tap in lm.taps], -1)] if lm.taps else [])]
-    return Model([node.output(0) for node in outputs], sinks, list(nodes.values()), "speech_lm")
+    return Model([node.output(0) for node in outputs], list(nodes.values()), "speech_lm")
+
+
+def _attention(nodes: dict, kv_heads: int, size: int):
+    """-> (layer's number, q, k, v), of n positions (n, heads x size) each -> what they saw, (n, heads x size)."""
+    from openvino import opset13 as ops
+    from openvino.op import _PagedAttentionExtension as PagedAttention
+
+    def unused(kind=np.int32):
+        return ops.constant(np.zeros(0, kind)).output(0)
+
+    def number(value, kind=np.int32):
+        return ops.constant(np.array(value, kind)).output(0)
+
+    places = [nodes[name].output(0) for name in ("past", "begins", "pages", "page_begins")]
+    rest = [
+        number(size**-0.5, np.float32),  # of the scores
+        number(0),  # no sliding window
+        unused(np.float32),  # alibi's slopes
+        nodes["longest"].output(0),
+        *(unused(), unused(), unused(), unused(np.float32)),  # scores to hand out; caches that are turned
+        *(unused(np.float32), number(64), number(8), unused(np.float32)),  # sparse attention, sinks
+        *(number(0), unused(), unused(), unused()),  # eviction
+        *(unused(), unused(np.uint8), unused()),  # kinds of tokens, trees of drafted tokens
+    ]
+
+    def attend(layer: int, q, k, v):
+        kept = [nodes[f"{kind}{layer}"].output(0) for kind in ("key", "value")]
+        made = PagedAttention([q.output(0), k.output(0), v.output(0), *kept, *places, *rest])
+        for kind in ("k", "v"):  # the plugin asks for them there
+            made.get_rt_info()[f"num_{kind}_heads"] = kv_heads
+            made.get_rt_info()[f"{kind}_head_size"] = size
+        return made.output(0)
+
+    return attend
