@@ -65,7 +65,8 @@ def _facts(voice) -> dict[str, dict]:
 
 def recorded(rows: pd.DataFrame, voices: list, folder, profile: str, parameters: dict) -> dict:
     """The entry of provenance.json, its weights those of all voices."""
-    every = SimpleNamespace(weights_id=", ".join(voice.weights_id for voice in voices), device=voices[0].device)
+    shared = {name: getattr(voices[0], name) for name in ("device", "precision")}
+    every = SimpleNamespace(weights_id=", ".join(voice.weights_id for voice in voices), **shared)
     known = parameters | {name: "" for name in ("trained", "work")}  # folders of this machine
     return write_provenance(folder, NOTEBOOK, every, profile, known, rows.key)
 

@@ -32,10 +32,11 @@ def renew(text: str, folder: Path) -> str:
         return text
     table, theory = (pd.read_csv(file) for file in files)
     paragraphs = text.split("\n\n")
-    voice = all_provenance(folder).get("01_table1", {}).get("weights")
+    about = all_provenance(folder).get("01_table1", {})
+    voice = about.get("weights")
     words = _words(Path(folder).parent / "voice" / "tables" / "lossless.csv", voice)
     words = words or _words(Path(folder) / "tables" / "equivalence.csv")
-    made = dict(zip(BEGINS, made_of(table.set_index("system"), theory, words), strict=True))
+    made = dict(zip(BEGINS, made_of(table.set_index("system"), theory, words, about), strict=True))
     for begin, name in ELSEWHERE.items():
         there = Path(folder).parent / name
         if begin in text and (other := there / "tables" / "table1.csv").is_file():
@@ -49,8 +50,12 @@ def renew(text: str, folder: Path) -> str:
     return "\n\n".join(paragraphs)
 
 
-def made_of(table: pd.DataFrame, theory: pd.DataFrame, words: dict[str, str]) -> tuple[str, str, str]:
-    """table: Table 1 by system; theory: the table of that name; words: ``_words`` -> the three paragraphs."""
+def made_of(
+    table: pd.DataFrame, theory: pd.DataFrame, words: dict[str, str], about: dict | None = None
+) -> tuple[str, str, str]:
+    """table: Table 1 by system; theory: the table of that name; words: ``_words``; about: the entry of
+    provenance.json that made Table 1 -> the three paragraphs.
+    """
     lossless, own = _fastest(table, "beta 0, "), _fastest(table, f"on-policy drafter, beta {BETA:g}, ")
     rise = paper.NUMBERS.loc[BETA]["WER %"] - paper.NUMBERS.loc["autoregressive"]["WER %"]
     kept = table[table["WER %"] <= table.loc["Autoregressive"]["WER %"] + rise]  # it costs no more words than theirs
@@ -67,7 +72,8 @@ def made_of(table: pd.DataFrame, theory: pd.DataFrame, words: dict[str, str]) ->
     if tolerant is not None and (own is None or tolerant.name != own.name):
         rows[tolerant.name] = (tolerant, None)
     said = "" if lossless is None else words.get(lossless.name, "")
-    return _claim(table, lossless) + said, _table(rows), _why(table.loc["SSD"], theory)
+    where = f" on {_where(about, table)}," if about else ""
+    return _claim(table, lossless, where) + said, _table(rows), _why(table.loc["SSD"], theory)
 
 
 def _words(path: Path, voice: str | None = None) -> dict[str, str]:
@@ -91,10 +97,18 @@ def _fastest(table: pd.DataFrame, setting: str) -> pd.Series | None:
     return None if some.empty else some.loc[some["speed-up"].idxmax()]
 
 
-def _claim(table: pd.DataFrame, lossless: pd.Series | None) -> str:
+def _where(about: dict, table: pd.DataFrame) -> str:
+    """The machine, how it computed, and on how many sentences."""
+    chip = re.sub(r"\(R\)| Processor", "", machine(about))
+    precision = about.get("precision") or about["parameters"]["precision"]
+    how = ("" if precision == "fp32" else f"{precision}, ") + ("CUDA graphs, " if about["device"] == "cuda" else "")
+    return f"{chip}, {how}{table.loc['Autoregressive'].n:g} sentences"
+
+
+def _claim(table: pd.DataFrame, lossless: pd.Series | None, where: str) -> str:
     ssd, alone, theirs = table.loc["SSD"], table.loc["Autoregressive"], paper.NUMBERS["speed-up"]
     said = (
-        f"{BEGINS[0]} with the paper's recipe at beta {BETA:g} speech is made {value(ssd, 'speed-up')} times as "
+        f"{BEGINS[0]}{where} with the paper's recipe at beta {BETA:g} speech is made {value(ssd, 'speed-up')} times as "
         f"fast as by the target alone (the paper: {theirs[BETA]:.2f}), and its word error rate goes from "
         f"{alone['WER %']:.1f} to {ssd['WER %']:.1f} %."
     )
@@ -110,11 +124,8 @@ def _elsewhere(begin: str, table: pd.DataFrame, about: dict, voice: str | None) 
     """table: its Table 1 by system; about: the entry of provenance.json that made it; voice: this folder's."""
     ssd, alone, lossless = table.loc["SSD"], table.loc["Autoregressive"], _fastest(table, "beta 0, ")
     other = f", with another voice than above, {about['weights']}" if voice != about["weights"] else ""
-    chip = re.sub(r"\(R\)| Processor", "", machine(about))
-    precision = about["parameters"]["precision"]
-    how = ("" if precision == "fp32" else f"{precision}, ") + ("CUDA graphs, " if about["device"] == "cuda" else "")
     said = (
-        f"{begin} ({chip}, {how}{alone.n:g} sentences{other}) the paper's recipe is {value(ssd, 'speed-up')} times as "
+        f"{begin} ({_where(about, table)}{other}) the paper's recipe is {value(ssd, 'speed-up')} times as "
         "fast as the target alone"
     )
     if (own := _fastest(table, f"on-policy drafter, beta {BETA:g}, ")) is not None:

@@ -18,7 +18,7 @@ from ..processes import process
 
 # Part of every row's key. Raise it by hand when what is decoded or measured changes; the golden tests
 # (tests/speech/golden_tokens.json, tests/experiment/golden_metrics.json) fail if that changes without it.
-PROTOCOL = 1
+PROTOCOL = 2
 PACKAGES = (
     *("torch", "transformers", "torchmetrics", "faster-whisper", "ctranslate2", "onnxruntime"),
     *("speechmos", "Resemblyzer", "pyworld", "numpy", "ssd-repro"),
@@ -112,7 +112,7 @@ def write_provenance(folder, name: str, voice, profile: str, parameters: dict, k
     whole[name] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **{**git_state(), "code": code_sha256(), "weights": voice.weights_id},
-        **{"profile": profile, "parameters": parameters, "keys": keys},
+        **{"profile": profile, "parameters": parameters, "keys": keys, "precision": voice.precision},
         **{**row_context(voice.device), "cores": os.cpu_count()},
         "instructions": torch.backends.cpu.get_cpu_capability(),
         **{"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},

@@ -288,7 +288,8 @@ def source_line(folder: Path, notebook: str, about: dict, rows: pd.DataFrame) ->
     if processes > 1:
         threads = f"{threads} in each of {processes} processes"
     command = notebooks.command(notebook, about, processes)
-    made_by = f"{about['date'][:10]}, {machine(about)}, {threads}, torch {about['torch']}, commit {commit}"
+    precision = "".join(f"{name}, " for name in rows.precision.dropna().unique())
+    made_by = f"{about['date'][:10]}, {machine(about)}, {precision}{threads}, torch {about['torch']}, commit {commit}"
     return f"{made_by}, voice {about['weights']}: `{command}` -> `{relative(folder, source_tree(), Path.cwd())}`."
 
 

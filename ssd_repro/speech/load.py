@@ -16,7 +16,7 @@ from ..models import checkpoints
 from ..models.cosyvoice import TEXT_MODEL, load_cosyvoice
 from ..models.draft import EarlyExit
 from ..models.hidden_draft import HiddenDraft
-from ..models.runtimes import FAMILIES, choose_runtime, with_runtime
+from ..models.runtimes import FAMILIES, choose_precision, choose_runtime, with_runtime
 from ..models.speech_lm import SpeechLM, choose_device
 from . import libritts
 from .bundled import Bundled
@@ -45,7 +45,8 @@ def load(
 
     device      auto, cpu or cuda
     precision   of target and draft: fp32 or bf16, with the openvino runtime int8 (weights) and w8a8
-                (inputs of products, too; CPUs with VNNI); the codec stays fp32
+                (inputs of products, too; CPUs with VNNI); auto: the fastest of them on this machine. The
+                codec stays fp32. fp32 and int8 say the same tokens on every CPU
     runtime     what runs target and draft: auto, eager, graphs or openvino (``models.runtimes``); decoders of
                 other families than Qwen2 (``models.families``) run on eager alone
     max_length  positions of a static cache (graphs), prompt and speech tokens of a piece; None: 1024, of a
@@ -82,6 +83,7 @@ def load(
         others = checkpoints.load_others(folder, target, about)
         front = Bundled(codec.to(device).requires_grad_(False), about, folder, device)
         weights_id = _identity(sorted(about["sha256"].values()))
+    precision = choose_precision(precision, runtime, device)
     lms = tuple(lm.to(device).requires_grad_(False) for lm in (target, small))
     threads = _set_threads(threads, target, device)
     running = partial(

@@ -91,7 +91,7 @@ def save_weights(path: Path, module: nn.Module) -> SimpleNamespace:
     """-> what provenance asks of a voice, which a weights file alone is not yet."""
     with files.replacing(path) as part:
         save_file({name: value.contiguous() for name, value in module.state_dict().items()}, part)
-    return SimpleNamespace(weights_id=files.file_digest(path), device="cpu")
+    return SimpleNamespace(weights_id=files.file_digest(path), device="cpu", precision="fp32")
 
 
 def read_weights(path: Path, module: nn.Module, notebook: int):

@@ -202,7 +202,7 @@ def test_a_setup_becomes_its_settings_and_single_ones_win():
         notebooks.check_parameters(execute(path, values, cells=2))
         for values in ({}, {"setup": "gpu precision=fp32 weights='a b'"}, {"setup": "gpu", "device": "cpu"})
     )
-    assert "setup" not in plain and (plain["device"], plain["precision"], plain["weights"]) == ("auto", "fp32", "")
+    assert "setup" not in plain and (plain["device"], plain["precision"], plain["weights"]) == ("auto", "auto", "")
     assert (changed["device"], changed["precision"], changed["weights"]) == ("cuda", "fp32", "a b")
     assert (given["device"], given["precision"], given["runtime"]) == ("cpu", "bf16", "graphs")
     chosen = notebooks.parameters_for([path], {"setup": "gpu"}, [("device", "cpu")])[path]

@@ -27,7 +27,12 @@ TARGET = tiny_lm(layers=4)
 DRAFT = make_draft(TARGET, bottom=1, top=1)
 FAST, FAST_DRAFT = (runtime.OpenVINOLM(lm, threads=1) for lm in (TARGET, DRAFT))
 WIDE = SpeechLM(small_qwen2(256, 512, 2, 4, 2, vocab=5, initializer_range=0.1), 13).eval()  # two of GROUP
-PRECISIONS_HERE = ["fp32", "int8", *["bf16"] * ("BF16" in runtime.capabilities()), *["w8a8"] * runtime.multiplies_int8()]
+PRECISIONS_HERE = [
+    "fp32",
+    "int8",
+    *["bf16"] * ("BF16" in runtime.capabilities()),
+    *["w8a8"] * runtime.multiplies_int8(),
+]
 
 
 def config(greedy=False, **other) -> DecodeConfig:
@@ -88,8 +93,10 @@ def test_a_verification_has_the_logits_of_steps_to_the_bit(precision):
     session.prefill(prefix)
     session.extend(torch.randint(0, 13, (1, 3), generator=generator(2)))
     session.crop(30)
-    blocks = torch.cat([session.extend(block) for block in tokens.split([1, 4, 2, 33], 1)], 1)
+    lengths = [1, 4, 2, 1, 1, 30, 1]
+    blocks = torch.cat([session.extend(block) for block in tokens.split(lengths, 1)], 1)
     assert torch.equal(blocks, one_by_one(model, prefix, tokens))
+    assert session.length == 70
 
 
 @settings(max_examples=15, deadline=None)

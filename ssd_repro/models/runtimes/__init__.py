@@ -41,9 +41,21 @@ def choose_runtime(runtime: str, device: str, precision: str = "fp32") -> str:
             warnings.warn("openvino is not installed: eager takes its place, at half the speed", stacklevel=3)
         runtime = ("openvino" if installed else "eager") if on_cpu else "graphs"
     known = openvino.PRECISIONS if runtime == "openvino" else PRECISIONS
-    if precision not in known:
+    if precision not in ("auto", *known):
         raise InputError(f"precision {precision!r} is unknown to the runtime {runtime}: choose {' or '.join(known)}")
     return runtime
+
+
+def choose_precision(precision: str, runtime: str, device: str) -> str:
+    """Of auto the fastest whose words are the target's still (results/README.md), else ``precision`` itself.
+
+    bf16 on a GPU, w8a8 with openvino where the CPU multiplies int8, else fp32.
+    """
+    if precision != "auto":
+        return precision
+    if runtime == "openvino" and openvino.multiplies_int8():
+        return "w8a8"
+    return "fp32" if device == "cpu" else "bf16"
 
 
 def with_runtime(lm: SpeechLM, runtime: str, precision: str, threads: int, max_length: int) -> LanguageModel:
