@@ -79,7 +79,7 @@ LENGTHS = (
     "computed. Floor: bytes of weights and cache of a target step over the machine's GB/s."
 )
 BATCHES = (
-    "The same utterances, so many at once, target and the paper's draft by torch, L_d and beta as in the other tables; "
+    "The same utterances, so many at once, with the paper's draft, L_d and beta as in the other tables; "
     "prefill included, and the time of a batch is that until its last row has ended. One measurement, no interval."
 )
 PRICE = (

@@ -18,7 +18,7 @@ from .provenance import all_provenance, machine
 from .tables import number
 
 BEGINS = ("**Measured:**", "| | WER %, here |", "**Why:**")  # of the three paragraphs
-ELSEWHERE = {"**On a GPU**": "gpu", "**On another machine**": "epyc"}  # how a paragraph begins -> its results folder
+ELSEWHERE = {"**On a GPU**": "gpu", "**On another machine**": "xeon"}  # how a paragraph begins -> its results folder
 BETA = 0.4  # of the paper's Table 1
 
 

@@ -181,7 +181,7 @@ def lengths(
 def batches(
     voice, sizes: list[int], folder, draft_length: int, seed: int = 0, tolerance: float = 0.4, progress=iter
 ) -> pd.DataFrame:
-    """One row per number of sequences at once and method: tokens and seconds, by torch, of the same utterances.
+    """One row per number of sequences at once and method: tokens and seconds of the same utterances.
 
     These are as many as the largest of ``sizes``; a smaller batch decodes them in several turns.
     """

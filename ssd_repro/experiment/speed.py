@@ -209,7 +209,7 @@ def begins(rows: pd.DataFrame) -> str:
 
 
 def over_batches(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per number of sequences at once: tokens per second of both methods, by torch, and their ratio."""
+    """One line per number of sequences at once: tokens per second of both methods, and their ratio."""
     found = rows[rows.study == "batches"].assign(rate=lambda of: of.tokens / of.lm_seconds)
     rate = found.pivot_table(index="batch", columns="method", values="rate")
     return pd.DataFrame(

@@ -215,9 +215,10 @@ class Voice:
     ) -> list[Take]:
         """``speak`` of several texts in one batch: each forward serves all pieces of all texts that are not done.
 
-        Target and the paper's draft run by torch, whatever the voice's runtime. voices, seeds: one for all, or one for
-        each text. A text has the distribution that it has by itself, and its tokens do not depend on the others', but
-        they are other ones than ``speak``'s. Seconds of a take are those of the whole batch, its codec's its own.
+        Target and the paper's draft run on the voice's runtime, or by torch where that has no batches (graphs).
+        voices, seeds: one for all, or one for each text. A text has the distribution that it has by itself, and its
+        tokens do not depend on the others', but they are other ones than ``speak``'s. Seconds of a take are those of
+        the whole batch, its codec's its own.
         InputError as ``speak``'s, for method draft, and for lists that are not as long as texts.
         """
         named, seeded = (self._each(values, texts, what) for values, what in ((voices, "voices"), (seeds, "seeds")))
@@ -231,9 +232,13 @@ class Voice:
         owner = [i for i, several in enumerate(pieces) for _ in several]
         flat = [piece for several in pieces for piece in several]
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeded]
+        run = [
+            fast if hasattr(fast, "batch") else lm
+            for fast, lm in zip(self.models, (self.target, self.draft), strict=True)
+        ]
         made = batch.decode(
-            self.target,
-            self.draft if method == "speculative" else None,
+            run[0],
+            run[1] if method == "speculative" else None,
             [self.prefix(piece, named[i]) for i, piece in zip(owner, flat, strict=True)],
             [self.config(len(piece), tolerance, draft_length) for piece in flat],
             [generators[i] for i in owner],

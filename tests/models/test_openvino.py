@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -97,6 +98,30 @@ def test_a_verification_has_the_logits_of_steps_to_the_bit(precision):
     blocks = torch.cat([session.extend(block) for block in tokens.split(lengths, 1)], 1)
     assert torch.equal(blocks, one_by_one(model, prefix, tokens))
     assert session.length == 70
+
+
+@pytest.mark.parametrize("precision", ["fp32", *runtime.APART])
+@torch.inference_mode()
+def test_a_batch_has_the_logits_of_its_sequences(precision):
+    """Each at its own length, over rollbacks, and after rows have left."""
+    if precision not in PRECISIONS_HERE:
+        pytest.skip(f"this CPU does not compute in {precision}")
+    model, exact = runtime.OpenVINOLM(WIDE, 1, precision), {} if precision in runtime.APART else {"atol": 1e-4}
+    prefixes = [torch.randn(1, t, 256, generator=generator(t)) for t in (40, 3, 31, 64)]
+    alone = [model.session() for _ in prefixes]
+    batch, logits = model.batch(prefixes, room=50)
+    close = partial(torch.testing.assert_close, **{"rtol": 0, "atol": 0, **exact})
+    close(logits, torch.cat([session.prefill(prefix) for session, prefix in zip(alone, prefixes, strict=True)]))
+    for turn, (n, drop) in enumerate([(1, (0, 0, 0, 0)), (4, (3, 0, 1, 2)), (2, (0, 1, 0, 1)), (4, (0, 0, 0, 0))]):
+        tokens = torch.randint(0, 13, (len(alone), n), generator=generator(turn))
+        logits = batch.extend(tokens)
+        close(logits, torch.cat([session.extend(row[None]) for session, row in zip(alone, tokens, strict=True)]))
+        batch.lengths = batch.lengths - torch.tensor(drop[: len(alone)])
+        for session, back in zip(alone, drop, strict=False):
+            session.crop(session.length - back)
+        if turn == 1:
+            batch.keep(torch.tensor([0, 2, 3]))
+            del alone[1]
 
 
 @settings(max_examples=15, deadline=None)

@@ -93,6 +93,11 @@ class OpenVINOLM:
         """A new sequence; its pages return to this model's store when the session is dropped."""
         return OpenVINOSession(self)
 
+    def batch(self, prefixes: list[Tensor], room: int) -> tuple[OpenVINOBatch, Tensor]:
+        """As ``SpeechLM.batch``; nothing is padded."""
+        session = OpenVINOBatch(self, len(prefixes), max(prefix.shape[1] for prefix in prefixes) + room)
+        return session, session.prefill(prefixes)
+
     def take(self) -> Pages:
         """Pages without any trace of an earlier sequence (a NaN times 0 would be one)."""
         try:
@@ -105,28 +110,55 @@ class OpenVINOLM:
     def give_back(self, pages: Pages) -> None:
         self._free.append(pages)
 
-    def angles(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of the rotary embedding, (1, 1, end - begin, head size) both."""
-        if end > self._cos.shape[2]:
+    def angles(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines of the rotary embedding at positions (n,), (1, 1, n, head size) both."""
+        if (end := int(positions.max()) + 1) > self._cos.shape[2]:
             places = torch.arange(max(ROOM, 2 * end))[None]
             cos, sin = self.lm.model.rotary_emb(torch.zeros(1), places)
             self._cos, self._sin = (x.float().numpy()[:, None] for x in (cos, sin))
-        return self._cos[:, :, begin:end], self._sin[:, :, begin:end]
+        return self._cos[:, :, positions], self._sin[:, :, positions]
+
+    @torch.inference_mode()
+    def forward(self, pages: Pages, embeddings: Tensor, rows, past, counts, last) -> list[Tensor]:
+        """One forward of sequences that stand one behind the other in embeddings (1, N, hidden).
+
+        rows, past, counts: of each sequence its row of pages, the positions before it and the new ones, int32 (S,).
+        -> logits (1, L, V) of the places ``last`` (L,) among the N, and where the model has taps their features.
+        """
+        begins = np.concatenate((np.zeros(1, np.int32), counts.cumsum(dtype=np.int32)))
+        cos, sin = self.angles(np.repeat(past - begins[:-1], counts) + np.arange(begins[-1]))
+        needed = -(-(past + counts) // PAGE)
+        first = rows * (pages.room // PAGE)
+        given = {
+            "embeddings": embeddings.float().contiguous().numpy(),
+            "cos": cos,
+            "sin": sin,
+            "last": last,
+            "past": past,
+            "begins": begins,
+            "pages": np.concatenate([np.arange(a, a + n, dtype=np.int32) for a, n in zip(first, needed, strict=True)]),
+            "page_begins": np.concatenate((np.zeros(1, np.int32), needed.cumsum(dtype=np.int32))),
+            "longest": (past + counts).max(),
+        }
+        pages.request.start_async(given, share_inputs=True)
+        pages.request.wait()  # ``infer`` of OpenVINO 2026.4.1 keeps an error to itself and leaves the last logits
+        return [torch.from_numpy(made.data.copy()) for made in pages.request.output_tensors]
 
 
 class Pages:
-    """An infer request and the keys and values of one sequence, of each layer (pages, kv heads, PAGE, head size).
+    """An infer request, and keys and values of its sequences, of each layer (pages, kv heads, PAGE, head size).
 
-    room: positions that they have place for; used: positions that ever were written.
+    room: positions that each of ``rows`` sequences has place for, a multiple of PAGE; used: of a lone one, how many
+    were ever written.
     """
 
-    def __init__(self, compiled) -> None:
-        self.request, self.room, self.used = compiled.create_infer_request(), 0, 0
+    def __init__(self, compiled, rows: int = 1, room: int = 0) -> None:
+        self.request, self.rows, self.room, self.used = compiled.create_infer_request(), rows, 0, 0
         self.ports = [port for port in compiled.inputs if port.any_name.startswith(("key", "value"))]
-        self.reserve(ROOM)
+        self.reserve(room or ROOM)
 
     def reserve(self, positions: int) -> None:
-        """Make room for so many, what is there stays."""
+        """Make room for so many; what is there stays, of a lone sequence."""
         import openvino
 
         self.used = max(self.used, positions) if self.room else 0
@@ -134,7 +166,7 @@ class Pages:
             return
         count = -(-max(positions, 2 * self.room) // PAGE)
         for port in self.ports:
-            shape = [count, *(port.partial_shape[axis].get_length() for axis in (1, 2, 3))]
+            shape = [self.rows * count, *(port.partial_shape[axis].get_length() for axis in (1, 2, 3))]
             wider = openvino.Tensor(port.element_type, openvino.Shape(shape))
             wider.data[...] = 0
             if self.room:
@@ -223,28 +255,54 @@ class OpenVINOSession:
             raise ValueError(f"cannot crop a cache of {self.length} positions to {length}")
         del self.fed[length:]
 
-    @torch.inference_mode()
     def _feed(self, embeddings: Tensor, last: int, apart: bool = False) -> Tensor:
         """Embeddings (1, n, hidden) -> logits (1, last, V) of the last positions; apart: each as its own sequence."""
         n, past = embeddings.shape[1], self.length
         self.pages.reserve(past + n)
-        cos, sin = self.model.angles(past, past + n)
-        begins = np.arange(0, n + 1, 1 if apart else n, dtype=np.int32)
-        pages = -(-(past + begins[1:]) // PAGE)  # of each sequence
-        given = {
-            "embeddings": embeddings.float().contiguous().numpy(),
-            "cos": cos,
-            "sin": sin,
-            "last": np.arange(n - last, n, dtype=np.int32),
-            "past": past + begins[:-1],
-            "begins": begins,
-            "pages": np.concatenate([np.arange(count, dtype=np.int32) for count in pages]),
-            "page_begins": np.concatenate(([0], pages.cumsum(dtype=np.int32))).astype(np.int32),
-            "longest": np.array(past + n, np.int32),
-        }
-        request = self.pages.request
-        request.infer(given, share_inputs=True)
+        if apart:
+            rows, before, counts = (
+                np.zeros(n, np.int32),
+                np.arange(past, past + n, dtype=np.int32),
+                np.ones(n, np.int32),
+            )
+        else:
+            rows, before, counts = (np.array([value], np.int32) for value in (0, past, n))
+        places = np.arange(n - last, n, dtype=np.int32)
+        logits, *features = self.model.forward(self.pages, embeddings, rows, before, counts, places)
         self.fed += embeddings.split(1, 1)
-        logits, *features = (torch.from_numpy(x.data.copy()) for x in request.output_tensors)
         self.features = features[0] if features else None
         return logits
+
+
+class OpenVINOBatch:
+    """``decoding.batch.BatchSession``: each sequence has a row of pages. rows: of those that are still there."""
+
+    def __init__(self, model: OpenVINOLM, count: int, room: int) -> None:
+        self.model, self.pages = model, Pages(model.compiled, count, room)
+        self.rows, self.lengths = np.arange(count, dtype=np.int32), torch.zeros(count, dtype=torch.int64)
+
+    def prefill(self, prefixes: list[Tensor]) -> Tensor:
+        """Embeddings (1, T, hidden) of each -> logits (B, V) of their last positions."""
+        counts = np.array([prefix.shape[1] for prefix in prefixes], np.int32)
+        last, past = counts.cumsum(dtype=np.int32) - 1, np.zeros_like(counts)
+        logits, *_ = self.model.forward(self.pages, torch.cat(prefixes, 1), self.rows, past, counts, last)
+        self.lengths = torch.from_numpy(counts.astype(np.int64))
+        return logits[0]
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        embeddings, (count, n) = self.model.lm.speech_embedding(tokens), tokens.shape
+        past, fed = self.lengths.numpy().astype(np.int32), np.full(count, n, np.int32)
+        rows = self.rows
+        if self.model.apart:
+            past, rows, fed = (
+                (past[:, None] + np.arange(n, dtype=np.int32)).ravel(),
+                rows.repeat(n),
+                np.ones_like(rows.repeat(n)),
+            )
+        places = np.arange(count * n, dtype=np.int32)
+        logits, *_ = self.model.forward(self.pages, embeddings.flatten(0, 1)[None], rows, past, fed, places)
+        self.lengths = self.lengths + n
+        return logits.view(count, n, -1)
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows, self.lengths = self.rows[rows.numpy()], self.lengths[rows]
