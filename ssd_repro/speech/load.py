@@ -45,8 +45,8 @@ def load(
 
     device      auto, cpu or cuda
     precision   of target and draft: fp32 or bf16, with the openvino runtime int8 (weights) and w8a8
-                (inputs of products, too; CPUs with VNNI); auto: the fastest of them on this machine. The
-                codec stays fp32. fp32 and int8 say the same tokens on every CPU
+                (inputs of products, too; CPUs with VNNI); auto: bf16 on a GPU, w8a8 on such a CPU,
+                else fp32. The codec stays fp32. fp32 and int8 say the same tokens on every CPU
     runtime     what runs target and draft: auto, eager, graphs or openvino (``models.runtimes``); decoders of
                 other families than Qwen2 (``models.families``) run on eager alone
     max_length  positions of a static cache (graphs), prompt and speech tokens of a piece; None: 1024, of a

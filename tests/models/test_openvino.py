@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,17 @@ def test_used_pages_are_clean_and_grow(monkeypatch):
         again.prefill(prefix)
     with pytest.raises(ValueError):
         again.crop(8)
+
+
+@torch.inference_mode()
+def test_a_forward_that_fails_gives_no_logits_of_an_earlier_one(monkeypatch):
+    """OpenVINO's ``infer`` may fail without a word: the loop then stops at a NaN (``NumericsError``)."""
+    session = FAST.session()
+    session.prefill(torch.randn(1, 5, 16, generator=generator()))
+    assert not session.extend(torch.tensor([[1, 2]])).isnan().any()
+    failing = SimpleNamespace(infer=lambda **_: None, output_tensors=session.pages.request.output_tensors)
+    monkeypatch.setattr(session.pages, "request", failing)
+    assert session.extend(torch.tensor([[3, 4]])).isnan().any(-1).all()
 
 
 def one_by_one(model, prefix, tokens):

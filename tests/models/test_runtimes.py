@@ -52,3 +52,17 @@ def test_each_gives_a_model_with_sessions():
 def test_a_precision_that_the_runtime_has_not(runtime, precision):
     with pytest.raises(InputError, match=f"precision '{precision}' is unknown to the runtime {runtime}: choose"):
         runtimes.choose_runtime(runtime, "cpu", precision)
+
+
+@pytest.mark.parametrize("multiplies, best", [(True, "w8a8"), (False, "fp32")])
+def test_auto_takes_the_fastest_precision_of_the_machine(monkeypatch, multiplies, best):
+    monkeypatch.setattr(runtimes.openvino, "multiplies_int8", lambda: multiplies)
+    for runtime, device, wanted in (
+        ("openvino", "cpu", best),
+        ("eager", "cpu", "fp32"),
+        ("graphs", "cuda:0", "bf16"),
+        ("eager", "cuda:0", "bf16"),
+    ):
+        assert runtimes.choose_runtime(runtime, device.partition(":")[0], "auto") == runtime
+        assert runtimes.choose_precision("auto", runtime, device) == wanted
+        assert runtimes.choose_precision("fp32", runtime, device) == "fp32"

@@ -42,15 +42,14 @@ def choose_runtime(runtime: str, device: str, precision: str = "fp32") -> str:
         runtime = ("openvino" if installed else "eager") if on_cpu else "graphs"
     known = openvino.PRECISIONS if runtime == "openvino" else PRECISIONS
     if precision not in ("auto", *known):
-        raise InputError(f"precision {precision!r} is unknown to the runtime {runtime}: choose {' or '.join(known)}")
+        raise InputError(
+            f"precision {precision!r} is unknown to the runtime {runtime}: choose {' or '.join(known)}, or auto"
+        )
     return runtime
 
 
 def choose_precision(precision: str, runtime: str, device: str) -> str:
-    """Of auto the fastest whose words are the target's still (results/README.md), else ``precision`` itself.
-
-    bf16 on a GPU, w8a8 with openvino where the CPU multiplies int8, else fp32.
-    """
+    """Of auto: bf16 on a GPU, w8a8 with openvino where the CPU multiplies int8, else fp32. Others are what they are."""
     if precision != "auto":
         return precision
     if runtime == "openvino" and openvino.multiplies_int8():

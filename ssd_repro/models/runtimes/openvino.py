@@ -26,6 +26,7 @@ GROUP = 128
 # kernel of a step, and its logits are a step's to the bit. In fp32 one block is faster, and the same but for 1e-5.
 APART = ("bf16", "w8a8")
 ROOM = 512  # positions; pages and tables grow by doubling
+INPUTS = ("embeddings", "cos", "sin", "last", "past", "begins", "pages", "page_begins", "longest")  # but for pages
 
 
 @cache
@@ -110,39 +111,39 @@ class OpenVINOLM:
     def give_back(self, pages: Pages) -> None:
         self._free.append(pages)
 
-    def angles(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of the rotary embedding at positions (n,), (1, 1, n, head size) both."""
-        if (end := int(positions.max()) + 1) > self._cos.shape[2]:
-            places = torch.arange(max(ROOM, 2 * end))[None]
-            cos, sin = self.lm.model.rotary_emb(torch.zeros(1), places)
-            self._cos, self._sin = (x.float().numpy()[:, None] for x in (cos, sin))
-        return self._cos[:, :, positions], self._sin[:, :, positions]
-
     @torch.inference_mode()
-    def forward(self, pages: Pages, embeddings: Tensor, rows, past, counts, last) -> list[Tensor]:
+    def forward(self, pages: Pages, embeddings: Tensor, rows: list, past: list, counts: list, last) -> list[Tensor]:
         """One forward of sequences that stand one behind the other in embeddings (1, N, hidden).
 
-        rows, past, counts: of each sequence its row of pages, the positions before it and the new ones, int32 (S,).
-        -> logits (1, L, V) of the places ``last`` (L,) among the N, and where the model has taps their features.
+        rows, past, counts: of each sequence its row of pages, the positions before it and the new ones. -> logits
+        (1, L, V) of the places ``last`` (L) among the N, and where the model has taps their features.
+
+        Between two forwards of a large model all else runs out of the cache: few calls, and of plain numbers.
         """
-        begins = np.concatenate((np.zeros(1, np.int32), counts.cumsum(dtype=np.int32)))
-        cos, sin = self.angles(np.repeat(past - begins[:-1], counts) + np.arange(begins[-1]))
-        needed = -(-(past + counts) // PAGE)
-        first = rows * (pages.room // PAGE)
-        given = {
-            "embeddings": embeddings.float().contiguous().numpy(),
-            "cos": cos,
-            "sin": sin,
-            "last": last,
-            "past": past,
-            "begins": begins,
-            "pages": np.concatenate([np.arange(a, a + n, dtype=np.int32) for a, n in zip(first, needed, strict=True)]),
-            "page_begins": np.concatenate((np.zeros(1, np.int32), needed.cumsum(dtype=np.int32))),
-            "longest": (past + counts).max(),
-        }
-        pages.request.start_async(given, share_inputs=True)
-        pages.request.wait()  # ``infer`` of OpenVINO 2026.4.1 keeps an error to itself and leaves the last logits
-        return [torch.from_numpy(made.data.copy()) for made in pages.request.output_tensors]
+        ends = [before + count for before, count in zip(past, counts, strict=True)]
+        needed = [-(-end // PAGE) for end in ends]
+        given = pages.inputs(embeddings.shape[1], len(counts), len(last), sum(needed))
+        given["embeddings"][...] = embeddings.float().numpy()
+        self._make_angles(longest := max(ends))
+        begins, page_begins, per_row = [0], [0], pages.room // PAGE
+        for row, before, end, count in zip(rows, past, ends, needed, strict=True):
+            fed, held = begins[-1], page_begins[-1]
+            begins.append(fed + end - before)
+            page_begins.append(held + count)
+            given["cos"][:, :, fed : begins[-1]] = self._cos[:, :, before:end]
+            given["sin"][:, :, fed : begins[-1]] = self._sin[:, :, before:end]
+            given["pages"][held : page_begins[-1]] = range(row * per_row, row * per_row + count)
+        given["last"][:], given["past"][:], given["begins"][:] = last, past, begins
+        given["page_begins"][:], given["longest"][...] = page_begins, longest
+        return pages.infer()
+
+    def _make_angles(self, positions: int) -> None:
+        """Cosines and sines of the rotary embedding, (1, 1, n, head size) both, for at least so many positions."""
+        if positions > self._cos.shape[2]:
+            places = torch.arange(max(ROOM, 2 * positions))[None]
+            self._cos, self._sin = (
+                x.float().numpy()[:, None] for x in self.lm.model.rotary_emb(torch.zeros(1), places)
+            )
 
 
 class Pages:
@@ -154,7 +155,10 @@ class Pages:
 
     def __init__(self, compiled, rows: int = 1, room: int = 0) -> None:
         self.request, self.rows, self.room, self.used = compiled.create_infer_request(), rows, 0, 0
-        self.ports = [port for port in compiled.inputs if port.any_name.startswith(("key", "value"))]
+        named = {port.any_name: port for port in compiled.inputs}
+        self.ports = [port for name, port in named.items() if name.startswith(("key", "value"))]
+        self.small = {name: port for name, port in named.items() if port not in self.ports}
+        self.given, self.lengths = {}, (0,) * len(INPUTS)
         self.reserve(room or ROOM)
 
     def reserve(self, positions: int) -> None:
@@ -178,6 +182,35 @@ class Pages:
         for port in self.ports:
             self.request.get_tensor(port).data[: -(-self.used // PAGE)] = 0
         self.used = 0
+
+    def inputs(self, fed: int, sequences: int, asked: int, pages: int) -> dict[str, np.ndarray]:
+        """The graph's inputs but for keys and values, to be written; the same memory until its length changes.
+
+        Handing memory over takes OpenVINO's Python longer than a small model's forward.
+        """
+        import openvino
+
+        lengths = (fed, fed, fed, asked, sequences, sequences + 1, pages, sequences + 1, 1)
+        if lengths != self.lengths:
+            for name, length, before in zip(INPUTS, lengths, self.lengths, strict=True):
+                if length != before:
+                    port = self.small[name]
+                    shape = [size.get_length() if size.is_static else length for size in port.partial_shape]
+                    tensor = openvino.Tensor(port.element_type, openvino.Shape(shape))
+                    self.given[name] = tensor.data
+                    self.request.set_tensor(port, tensor)
+            self.lengths = lengths
+        return self.given
+
+    def infer(self) -> list[Tensor]:
+        """The outputs. OpenVINO's ``infer`` (2026.4.1) keeps errors to itself: then they begin with a NaN."""
+        self.request.infer(share_outputs=True)
+        made = []
+        for tensor in self.request.output_tensors:
+            kept = tensor.data
+            made.append(torch.from_numpy(kept.copy()))
+            kept[..., :1] = np.nan
+        return made
 
 
 class _Whole:
@@ -259,16 +292,8 @@ class OpenVINOSession:
         """Embeddings (1, n, hidden) -> logits (1, last, V) of the last positions; apart: each as its own sequence."""
         n, past = embeddings.shape[1], self.length
         self.pages.reserve(past + n)
-        if apart:
-            rows, before, counts = (
-                np.zeros(n, np.int32),
-                np.arange(past, past + n, dtype=np.int32),
-                np.ones(n, np.int32),
-            )
-        else:
-            rows, before, counts = (np.array([value], np.int32) for value in (0, past, n))
-        places = np.arange(n - last, n, dtype=np.int32)
-        logits, *features = self.model.forward(self.pages, embeddings, rows, before, counts, places)
+        sequences = ([0] * n, list(range(past, past + n)), [1] * n) if apart else ([0], [past], [n])
+        logits, *features = self.model.forward(self.pages, embeddings, *sequences, range(n - last, n))
         self.fed += embeddings.split(1, 1)
         self.features = features[0] if features else None
         return logits
@@ -279,30 +304,24 @@ class OpenVINOBatch:
 
     def __init__(self, model: OpenVINOLM, count: int, room: int) -> None:
         self.model, self.pages = model, Pages(model.compiled, count, room)
-        self.rows, self.lengths = np.arange(count, dtype=np.int32), torch.zeros(count, dtype=torch.int64)
+        self.rows, self.lengths = list(range(count)), torch.zeros(count, dtype=torch.int64)
 
     def prefill(self, prefixes: list[Tensor]) -> Tensor:
         """Embeddings (1, T, hidden) of each -> logits (B, V) of their last positions."""
-        counts = np.array([prefix.shape[1] for prefix in prefixes], np.int32)
-        last, past = counts.cumsum(dtype=np.int32) - 1, np.zeros_like(counts)
-        logits, *_ = self.model.forward(self.pages, torch.cat(prefixes, 1), self.rows, past, counts, last)
-        self.lengths = torch.from_numpy(counts.astype(np.int64))
-        return logits[0]
+        counts = [prefix.shape[1] for prefix in prefixes]
+        self.lengths, last = torch.tensor(counts), np.cumsum(counts) - 1
+        given = torch.cat(prefixes, 1), self.rows, [0] * len(counts), counts, last
+        return self.model.forward(self.pages, *given)[0][0]
 
     def extend(self, tokens: Tensor) -> Tensor:
-        embeddings, (count, n) = self.model.lm.speech_embedding(tokens), tokens.shape
-        past, fed = self.lengths.numpy().astype(np.int32), np.full(count, n, np.int32)
-        rows = self.rows
-        if self.model.apart:
-            past, rows, fed = (
-                (past[:, None] + np.arange(n, dtype=np.int32)).ravel(),
-                rows.repeat(n),
-                np.ones_like(rows.repeat(n)),
-            )
-        places = np.arange(count * n, dtype=np.int32)
-        logits, *_ = self.model.forward(self.pages, embeddings.flatten(0, 1)[None], rows, past, fed, places)
+        (count, n), past, apart = tokens.shape, self.lengths.tolist(), self.model.apart
+        embeddings = self.model.lm.speech_embedding(tokens).flatten(0, 1)[None]
+        rows = [row for row in self.rows for _ in range(n if apart else 1)]
+        before = [length + i for length in past for i in range(n if apart else 1)]
+        fed = [1 if apart else n] * len(rows)
+        logits = self.model.forward(self.pages, embeddings, rows, before, fed, range(count * n))[0]
         self.lengths = self.lengths + n
         return logits.view(count, n, -1)
 
     def keep(self, rows: Tensor) -> None:
-        self.rows, self.lengths = self.rows[rows.numpy()], self.lengths[rows]
+        self.rows, self.lengths = [self.rows[row] for row in rows.tolist()], self.lengths[rows]
