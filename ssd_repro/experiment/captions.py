@@ -72,7 +72,8 @@ PRICES = (
     "A prediction but for the prices: these are measured in the loop at random weights, sampling included, and the "
     "speed-up is what they make of the acceptance of the voice's own rows, (1 - alpha^(L_d+1)) / ((1 - alpha)(c L_d + "
     "V)); a draft of one layer would have to earn that acceptance. c, V: draft step and verification in target steps. "
-    "Floor: bytes of weights and cache over the machine's GB/s, or operations over its GFLOP/s, whichever is longer."
+    "Floor: bytes of weights and cache over the machine's GB/s, or, of products in fp32, operations over its GFLOP/s, "
+    "whichever is longer."
 )
 LENGTHS = (
     "One utterance that is not let stop, prefill included, and what the process (on a GPU: torch) had grown by; cache: "

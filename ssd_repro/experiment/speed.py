@@ -158,6 +158,8 @@ def _prices(rows: pd.DataFrame) -> pd.DataFrame:
 
         def floor(model: cost.Geometry, tokens: int, row=row, context=context) -> float:
             read = cost.read_in_step(model, row.precision, context) / row.gb_per_second / 1e6
+            if row.precision in ("bf16", "w8a8"):  # gflop_per_second is of fp32: such products are faster
+                return read
             return max(read, tokens * model.flops(context) / row.gflop_per_second / 1e6)
 
         c, v = row.draft_ms / row.step_ms, row.verify_ms / row.step_ms
