@@ -232,13 +232,13 @@ class Voice:
         owner = [i for i, several in enumerate(pieces) for _ in several]
         flat = [piece for several in pieces for piece in several]
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeded]
-        run = [
+        target, draft = (
             fast if hasattr(fast, "batch") else lm
             for fast, lm in zip(self.models, (self.target, self.draft), strict=True)
-        ]
+        )
         made = batch.decode(
-            run[0],
-            run[1] if method == "speculative" else None,
+            target,
+            draft if method == "speculative" else None,
             [self.prefix(piece, named[i]) for i, piece in zip(owner, flat, strict=True)],
             [self.config(len(piece), tolerance, draft_length) for piece in flat],
             [generators[i] for i in owner],

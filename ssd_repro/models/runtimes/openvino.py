@@ -26,7 +26,17 @@ GROUP = 128
 # kernel of a step, and its logits are a step's to the bit. In fp32 one block is faster, and the same but for 1e-5.
 APART = ("bf16", "w8a8")
 ROOM = 512  # positions; pages and tables grow by doubling
-INPUTS = ("embeddings", "cos", "sin", "last", "past", "begins", "pages", "page_begins", "longest")  # but for pages
+INPUTS = (
+    "embeddings",
+    "cos",
+    "sin",
+    "last",
+    "past",
+    "begins",
+    "pages",
+    "page_begins",
+    "longest",
+)  # but for keys, values
 
 
 @cache
@@ -112,14 +122,21 @@ class OpenVINOLM:
         self._free.append(pages)
 
     @torch.inference_mode()
-    def forward(self, pages: Pages, embeddings: Tensor, rows: list, past: list, counts: list, last) -> list[Tensor]:
+    def forward(
+        self, pages: Pages, embeddings: Tensor, rows: list, past: list, counts: list, last, apart: bool = False
+    ) -> list[Tensor]:
         """One forward of sequences that stand one behind the other in embeddings (1, N, hidden).
 
-        rows, past, counts: of each sequence its row of pages, the positions before it and the new ones. -> logits
-        (1, L, V) of the places ``last`` (L) among the N, and where the model has taps their features.
+        rows, past, counts: of each sequence its row of pages, the positions before it and the new ones; apart: each of
+        these as a sequence of its own. -> logits (1, L, V) of the places ``last`` (L) among the N, and where the model
+        has taps their features.
 
         Between two forwards of a large model all else runs out of the cache: few calls, and of plain numbers.
         """
+        if apart:
+            rows = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+            past = [before + i for before, count in zip(past, counts, strict=True) for i in range(count)]
+            counts = [1] * len(rows)
         ends = [before + count for before, count in zip(past, counts, strict=True)]
         needed = [-(-end // PAGE) for end in ends]
         given = pages.inputs(embeddings.shape[1], len(counts), len(last), sum(needed))
@@ -292,8 +309,7 @@ class OpenVINOSession:
         """Embeddings (1, n, hidden) -> logits (1, last, V) of the last positions; apart: each as its own sequence."""
         n, past = embeddings.shape[1], self.length
         self.pages.reserve(past + n)
-        sequences = ([0] * n, list(range(past, past + n)), [1] * n) if apart else ([0], [past], [n])
-        logits, *features = self.model.forward(self.pages, embeddings, *sequences, range(n - last, n))
+        logits, *features = self.model.forward(self.pages, embeddings, [0], [past], [n], range(n - last, n), apart)
         self.fed += embeddings.split(1, 1)
         self.features = features[0] if features else None
         return logits
@@ -314,12 +330,10 @@ class OpenVINOBatch:
         return self.model.forward(self.pages, *given)[0][0]
 
     def extend(self, tokens: Tensor) -> Tensor:
-        (count, n), past, apart = tokens.shape, self.lengths.tolist(), self.model.apart
-        embeddings = self.model.lm.speech_embedding(tokens).flatten(0, 1)[None]
-        rows = [row for row in self.rows for _ in range(n if apart else 1)]
-        before = [length + i for length in past for i in range(n if apart else 1)]
-        fed = [1 if apart else n] * len(rows)
-        logits = self.model.forward(self.pages, embeddings, rows, before, fed, range(count * n))[0]
+        count, n = tokens.shape
+        embeddings, past = self.model.lm.speech_embedding(tokens).flatten(0, 1)[None], self.lengths.tolist()
+        given = embeddings, self.rows, past, [n] * count, range(count * n), self.model.apart
+        logits = self.model.forward(self.pages, *given)[0]
         self.lengths = self.lengths + n
         return logits.view(count, n, -1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..batch_session import kv_shape
 from ..speech_lm import SpeechLM, in_int8
 
 PAGE = 32  # positions; what the plugin's kernels are written for
@@ -21,8 +22,7 @@ def graph(lm: SpeechLM, int8: bool = False):
     from openvino import opset13 as ops
 
     config = lm.model.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, (kv_heads, size) = config.num_attention_heads, kv_shape(lm)
     inputs = {
         "embeddings": ([1, -1, config.hidden_size], np.float32),
         "cos": ([1, 1, -1, size], np.float32),
